@@ -1,0 +1,23 @@
+# Each target first builds .venv when it is missing or pyproject.toml changed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+demo: .venv
+	$(BIN)/bpdiag experiment=vanishing
+
+test: .venv
+	$(BIN)/python -m pytest
+
+check: .venv
+	$(BIN)/ruff check .
+
+# The stamp is written last: an interrupted install is begun anew.
+.venv: .venv/installed
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,156 @@
+"""Every option of a run: its name, type, default, unit and range.  The schema of conf/.
+
+Imports nothing of ours and nothing foreign: Hydra, the training loop and the tests read the same dataclasses.
+Names that stand for code (an activation, an optimizer, a data set) are resolved by the table of the file
+that owns them; here stands only what can be said without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+class UsageError(ValueError):
+    """Something the caller gave cannot be used; the message says what came, what is known, what to do."""
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    name: str = "mlp"  # mlp
+    depth: int = 5  # weight layers
+    width: int = 128  # units per hidden layer
+    activation: str = "relu"  # a name of bpdiag.rules.ACTIVATIONS
+    weight_variance: str = "he"  # he: Var W = 2 / fan_in, b = 0; torch: nn.Linear's default, W and b
+    backward: str = "handwritten"  # handwritten: our rules; autograd: torch's own
+
+
+@dataclass
+class DataConfig:
+    """What it is trained on."""
+
+    name: str = "mnist"  # mnist
+    root: str = "embedded"  # embedded: the copy in the package; else a folder as torchvision lays it out
+    batch_size: int = 64  # samples per step
+    split_seed: int = 0  # which 5,000 training digits are held out for validation
+
+
+@dataclass
+class OptimizerConfig:
+    """How a gradient becomes a step."""
+
+    name: str = "sgd"  # sgd, adam
+    lr: float = 0.01
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 0.0
+
+
+@dataclass
+class TrainingConfig:
+    """How long and where."""
+
+    epochs: int = 1
+    steps: int = 0  # stop after so many; 0: as many as the epochs have
+    device: str = "cpu"  # as torch spells it
+    dtype: str = "float32"  # float32, float64
+    threads: int = 1  # a second thread buys a small net nothing and costs dearly on a busy machine
+
+
+@dataclass
+class WatchConfig:
+    """How often every layer is measured."""
+
+    every: int = 10  # steps; 1: every step
+
+
+@dataclass
+class Config:
+    """One run, whole."""
+
+    seed: int = 0  # of the initialization and of the order of the data
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+# key: (smallest, largest); both ends allowed
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "model.depth": (1, 10_000),
+    "model.width": (1, 1_000_000),
+    "data.batch_size": (1, math.inf),
+    "data.split_seed": (0, 2**63 - 1),
+    "optimizer.lr": (0, 1e6),
+    "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, 1e6),
+    "training.epochs": (0, 1_000_000),
+    "training.steps": (0, 10**12),
+    "training.threads": (1, 1024),
+    "watch.every": (1, 10**12),
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The tail of an error message: what is known and, if one is near, what was probably meant.
+
+    Example:
+        >>> nearest("thanh", ["relu", "tanh"])
+        "known: relu, tanh; did you mean 'tanh'?"
+    """
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close:  # model.depht is near model.depth; a bare depth is near it too
+        close = [n for n in names if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    listed = ", ".join(names) if len(names) <= 24 else f"{len(names)} names"
+    return f"known: {listed}" + (f"; did you mean '{close[0]}'?" if close else "")
+
+
+def choose(key: str, value: str, table: Iterable[str]) -> str:
+    """``value`` if the table has it, else a UsageError naming the nearest.
+
+    Example:
+        >>> choose("model.activation", "thanh", ["relu", "tanh"])
+        Traceback (most recent call last):
+        bpdiag.config.UsageError: model.activation=thanh: unknown; known: relu, tanh; did you mean 'tanh'?
+    """
+    names = list(table)
+    if value in names:
+        return value
+    raise UsageError(f"{key}={value}: unknown; {nearest(str(value), names)}")
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value.
+
+    Example:
+        >>> flat(Config())["model.depth"]
+        5
+    """
+    out: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        out |= flat(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
+    return out
+
+
+def check_ranges(config: Config) -> None:
+    """Every number within RANGES, or a UsageError that names the key, the value and the range.
+
+    Example:
+        >>> check_ranges(Config(model=ModelConfig(depth=0)))
+        Traceback (most recent call last):
+        bpdiag.config.UsageError: model.depth=0: must be from 1 to 10000
+    """
+    values = flat(config)
+    for key, (low, high) in RANGES.items():
+        value = values[key]
+        if not low <= value <= high:  # nan is in no range
+            span = f"at least {low:g}" if high == math.inf else f"from {low:.10g} to {high:.10g}"
+            raise UsageError(f"{key}={value}: must be {span}")

@@ -1,0 +1,142 @@
+"""MNIST as two tensors a split, on the device, sliced by index.
+
+The digits are embedded in the package (``bpdiag/mnist``, xz, verified by sha256), so that a run needs no network.
+Nothing that fits in memory goes through a DataLoader: it would cost more than the training step it feeds.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpdiag.config import DataConfig, UsageError, choose
+
+VALIDATION = 5_000  # of the 60,000 training digits
+
+# file: (sha256 of the uncompressed content, shape)
+MNIST: dict[str, tuple[str, tuple[int, ...]]] = {
+    "train-images-idx3-ubyte": (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        (60_000, 28, 28),
+    ),
+    "train-labels-idx1-ubyte": ("65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5", (60_000,)),
+    "t10k-images-idx3-ubyte": (
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        (10_000, 28, 28),
+    ),
+    "t10k-labels-idx1-ubyte": ("ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", (10_000,)),
+}
+DATASETS = ("mnist",)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images x (N, 784), standardized, and their classes y (N,), int64, on one device."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The three splits, and the training statistics that standardized them: x = (pixel - mean) / std."""
+
+    train: Split
+    validation: Split
+    test: Split
+    mean: float  # of the training pixels in [0, 1]
+    std: float
+    classes: int = 10
+
+
+def load(
+    config: DataConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Dataset:
+    """The data set that ``config`` names: 55,000 / 5,000 / 10,000 digits for MNIST.
+
+    Which 5,000 are held out is fixed by ``config.split_seed`` alone.  Read, verified and standardized once a process
+    for equal arguments.
+
+    Raises:
+        UsageError: The name is unknown, or ``config.root`` lacks a file or holds a damaged one.
+    """
+    choose("data.name", config.name, DATASETS)
+    return _load(config.root, config.split_seed, str(device), dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(root: str, split_seed: int, device: str, dtype: torch.dtype) -> Dataset:
+    arrays = _arrays(root)
+    order = np.random.default_rng(split_seed).permutation(len(arrays[0]))
+    held_out, kept = np.sort(order[:VALIDATION]), np.sort(order[VALIDATION:])
+    images, labels, test_images, test_labels = arrays
+    # exact in float64 from a count of the 256 grey values
+    count = np.bincount(images[kept].reshape(-1), minlength=256)
+    grey = np.arange(256) / 255
+    mean = float(count @ grey / count.sum())
+    std = float(np.sqrt(count @ (grey - mean) ** 2 / count.sum()))
+
+    def split(x: np.ndarray, y: np.ndarray) -> Split:
+        pixels = torch.from_numpy(x.reshape(len(x), -1)).to(device=device, dtype=dtype)
+        return Split(pixels.div_(255).sub_(mean).div_(std), torch.from_numpy(y.astype(np.int64)).to(device))
+
+    return Dataset(
+        train=split(images[kept], labels[kept]),
+        validation=split(images[held_out], labels[held_out]),
+        test=split(test_images, test_labels),
+        mean=mean,
+        std=std,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _arrays(root: str) -> tuple[np.ndarray, ...]:
+    """Images and labels of training and test, uint8, verified."""
+    return tuple(read_idx(_content(root, name), name, digest, shape) for name, (digest, shape) in MNIST.items())
+
+
+def _content(root: str, name: str) -> tuple[bytes, Path]:
+    """The uncompressed file and where it came from."""
+    if root == "embedded":
+        path = Path(__file__).parent / "mnist" / f"{name}.xz"
+        return lzma.decompress(path.read_bytes()), path
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise UsageError(
+            f"data.root={root}: no such folder; give a torchvision data folder, or leave it out for the embedded MNIST"
+        )
+    places = [folder / "MNIST" / "raw", folder / "raw", folder]
+    for path in (place / f"{name}{ending}" for place in places for ending in ("", ".gz")):
+        if path.is_file():
+            try:
+                return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()), path
+            except (OSError, EOFError, ValueError) as error:  # gzip's errors for a damaged or unreadable file
+                raise UsageError(f"data.root={root}: cannot read {path}: {error}") from error
+    raise UsageError(f"data.root={root}: {name} is not in {places[0]}, {places[1]} or {places[2]}, with or without .gz")
+
+
+def read_idx(source: tuple[bytes, Path], name: str, digest: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes, read-only, whose content has this sha256 and shape.
+
+    Raises:
+        UsageError: The content differs, with its path, its size and both digests.
+    """
+    content, path = source
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest:
+        raise UsageError(
+            f"{path} is damaged or not MNIST: {len(content)} bytes with sha256 {found[:16]}..., "
+            f"expected {4 + 4 * len(shape) + int(np.prod(shape))} bytes with {digest[:16]}..."
+        )
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)

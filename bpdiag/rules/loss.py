@@ -1,0 +1,49 @@
+"""Losses, fused with the output nonlinearity where the product is simpler than its factors.
+
+Letters: b the B samples, k the K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpdiag.rules.function import Rule
+
+
+class CrossEntropy(Rule):
+    """C = mean_b(log sum_k exp z_bk - z_b,y_b),  g_z = (softmax(z) - onehot(y)) / B.
+
+    Shapes: logits z (B, K), classes y (B,) of integers 0..K-1, C ().  Softmax and logarithm are one rule: apart, the
+    slope of the logarithm at a probability that underflowed is infinite; together it is p - 1.  Stable: the largest
+    logit is subtracted first.  Keeps z and y.  No kink; rows of g_z sum to 0.  A logit of +inf or nan gives nan, as
+    in torch; a wrong class of logit -inf costs nothing; the right class at -inf costs inf.  An empty batch gives nan.
+
+    Raises:
+        IndexError: A class is outside 0..K-1.
+
+    Example:
+        >>> z, y = torch.zeros(1, 4), torch.tensor([2])
+        >>> round(CrossEntropy.apply(z, y).item(), 6)           # log 4
+        1.386294
+        >>> CrossEntropy.vjp(torch.tensor(1.0), z, y)[0]
+        tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
+    """
+
+    name = "cross_entropy"
+
+    def forward(z, y):
+        return (torch.logsumexp(z, -1) - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()
+
+    @classmethod
+    def keeps(cls, inputs: tuple[Any, ...], output: Tensor) -> tuple[Tensor, Tensor]:
+        """z and y."""
+        return inputs
+
+    def vjp(g_C, z, y, needs=(True, False)):
+        if not needs[0]:
+            return None, None
+        onehot = y.unsqueeze(-1) == torch.arange(z.shape[-1], device=z.device)
+        return g_C * (torch.softmax(z, -1) - onehot.to(z.dtype)) / z.shape[0], None
