@@ -60,9 +60,7 @@ class Dataset:
     classes: int = 10
 
 
-def load(
-    config: DataConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Dataset:
+def load(config: DataConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Dataset:
     """The data set that ``config`` names: 55,000 / 5,000 / 10,000 digits for MNIST.
 
     Which 5,000 are held out is fixed by ``config.split_seed`` alone.  Read, verified and standardized once a process
@@ -88,7 +86,7 @@ def _load(root: str, split_seed: int, device: str, dtype: torch.dtype) -> Datase
     std = float(np.sqrt(count @ (grey - mean) ** 2 / count.sum()))
 
     def split(x: np.ndarray, y: np.ndarray) -> Split:
-        pixels = torch.from_numpy(x.reshape(len(x), -1)).to(device=device, dtype=dtype)
+        pixels = torch.tensor(x.reshape(len(x), -1)).to(device=device, dtype=dtype)
         return Split(pixels.div_(255).sub_(mean).div_(std), torch.from_numpy(y.astype(np.int64)).to(device))
 
     return Dataset(

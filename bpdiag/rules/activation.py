@@ -48,7 +48,9 @@ class Activation(Rule):
         return (output if cls.saves == "output" else inputs[0],)
 
     @classmethod
-    def pull_back(cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    def pull_back(
+        cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
         """(g_z,)."""
         return (cls.vjp(g, *kept),)
 
@@ -138,6 +140,4 @@ class LeakyRelu(Activation):
         return torch.where(a > 0, g_a, 0.01 * g_a)  # a and z have the same sign
 
 
-ACTIVATIONS: dict[str, type[Activation]] = {
-    rule.name: rule for rule in (Identity, Sigmoid, Tanh, Relu, LeakyRelu)
-}
+ACTIVATIONS: dict[str, type[Activation]] = {rule.name: rule for rule in (Identity, Sigmoid, Tanh, Relu, LeakyRelu)}

@@ -45,7 +45,9 @@ class Rule:
         raise NotImplementedError(f"{cls.__name__} does not say what its backward needs")
 
     @classmethod
-    def pull_back(cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    def pull_back(
+        cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
         """One cotangent (or None) per input of ``forward``."""
         return cls.vjp(g, *kept, needs=needs)
 
