@@ -1,0 +1,34 @@
+"""bpdiag: see where your gradient dies, and why.
+
+The public names are loaded on first use, so that ``import bpdiag`` costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name: the module that owns it
+_PUBLIC = {
+    "Config": "config",
+    "Finding": "diagnosis",
+    "RULES": "rules",
+    "Result": "training",
+    "Trace": "trace",
+    "diagnose": "diagnosis",
+    "train": "training",
+    "watch": "session",
+}
+__all__ = ["Config", "Finding", "RULES", "Result", "Trace", "diagnose", "train", "watch"]  # noqa: RUF022
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"bpdiag.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'bpdiag' has no attribute {name!r}; public: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

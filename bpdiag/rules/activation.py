@@ -41,6 +41,17 @@ class Activation(Rule):
     kinks: ClassVar[dict[float, float]] = {}  # z where the slope jumps -> the slope used there
     oracle: ClassVar[type[nn.Module]]
     node: ClassVar[str]
+    settings: ClassVar[dict[str, float]] = {}  # the oracle's arguments that make it this function
+
+    @classmethod
+    def is_done_by(cls, module: nn.Module) -> bool:
+        """Whether a module of torch computes exactly this function."""
+        return type(module) is cls.oracle and all(getattr(module, k) == v for k, v in cls.settings.items())
+
+    @classmethod
+    def made(cls, node: Any) -> bool:
+        """Whether a node of autograd's graph is this function's backward."""
+        return node.name() == cls.node and all(getattr(node, f"_saved_{k}") == v for k, v in cls.settings.items())
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor) -> tuple[Tensor]:
@@ -131,6 +142,7 @@ class LeakyRelu(Activation):
     r = RELU_KIND
     kinks: ClassVar = {0.0: 0.01}
     oracle = nn.LeakyReLU
+    settings: ClassVar = {"negative_slope": 0.01}
     node = "LeakyReluBackward0"
 
     def forward(z):

@@ -1,0 +1,141 @@
+"""Trace -> findings: which layer, which cause in numbers, which remedy and what it should do to the number.
+
+Needs numpy, never torch: a stored run is judged again in a moment.  One generator per kind of finding, in the table
+DIAGNOSES; a test owes each a sick and a healthy case.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bpdiag.diagnosis.finding import Finding
+from bpdiag.diagnosis.flow import exploding, vanishing
+from bpdiag.diagnosis.nonfinite import non_finite
+from bpdiag.diagnosis.profile import ASSUMED_STEPS, Profile, profile
+from bpdiag.diagnosis.units import dead_by_chance, dead_units
+from bpdiag.trace import Trace, write_json
+
+__all__ = [
+    "DIAGNOSES",
+    "Finding",
+    "Profile",
+    "as_markdown",
+    "dead_by_chance",
+    "diagnose",
+    "notes",
+    "profile",
+    "summarize",
+    "verdict",
+    "write",
+]
+
+# kind: its generator; the order is the order of telling
+DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
+    "non_finite": non_finite,
+    "dead_units": dead_units,
+    "exploding": exploding,
+    "vanishing": vanishing,
+}
+VERDICTS = {"non_finite": "not finite", "dead_units": "dies", "exploding": "blows up", "vanishing": "dies"}
+
+
+def diagnose(trace: Trace) -> list[Finding]:
+    """What is wrong with the run, worst first; empty for a healthy one.
+
+    Raises:
+        ValueError: The trace has no sampled step.
+    """
+    if not len(trace.sampled_steps):
+        raise ValueError("the trace has no sampled step: nothing was measured")
+    p = profile(trace)
+    found = [finding for detect in DIAGNOSES.values() for finding in detect(p)]
+    if any(f.kind == "dead_units" and f.severity == "harm" for f in found):  # one fault, one finding
+        found = [f for f in found if f.kind != "vanishing" or f.cause not in ("slopes", "alignment")]
+    return sorted(found, key=lambda finding: finding.severity != "harm")
+
+
+def notes(trace: Trace) -> list[str]:
+    """What a reader of the findings must know and is no fault."""
+    told = []
+    if not trace.meta.get("planned_steps"):
+        told.append(f"planned_steps was not given: harm is judged over {ASSUMED_STEPS} steps")
+    if not trace.meta.get("optimizer"):
+        told.append("no optimizer was given: no update was measured, and plain gradient descent is assumed")
+    if not len(trace.losses[0]):
+        told.append("no loss was told (watch.loss): whether the run has converged is unknown")
+    frozen = sorted({m.layer for m in trace.missing if m.reason == "frozen"})
+    if frozen:
+        told.append(f"frozen, by request: {', '.join(frozen[:8])}" + (" and more" if len(frozen) > 8 else ""))
+    return told
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """One of: lives, weakened, dies, dies later, blows up, not finite."""
+    harms = [finding for finding in findings if finding.severity == "harm"]
+    if not harms:
+        return "weakened" if findings else "lives"
+    word = VERDICTS[harms[0].kind]
+    return "dies later" if word == "dies" and harms[0].onset_step > 0 else word
+
+
+def summarize(trace: Trace, findings: Sequence[Finding]) -> dict[str, Any]:
+    """First and last finite profile and the verdict: enough to show a run among a thousand."""
+    p = profile(trace)
+    shown = np.flatnonzero(p.finite) if p.finite.any() else np.arange(min(1, len(p.steps)))
+    at = {"first": int(shown[0]), "last": int(shown[-1])}
+    moments = {
+        name: {
+            "step": int(p.steps[i]),
+            "decades": p.decades[i].tolist(),
+            "backward_gain": p.gain[i].tolist(),
+            "gain_per_layer": p.hidden_gain(i),
+        }
+        for name, i in at.items()
+    }
+    lowest = p.decades[at["last"], 0] if p.lines else math.nan
+    return {
+        "schema": 1,
+        "verdict": verdict(findings),
+        "sentence": findings[0].sentence if findings else healthy_sentence(p, at["last"]),
+        "layers": list(p.names(range(len(p.lines)))),
+        "decades_first_layer": float(lowest),
+        "planned_steps": p.planned,
+        "findings": [{"kind": f.kind, "severity": f.severity, "cause": f.cause} for f in findings],
+        **moments,
+    }
+
+
+def healthy_sentence(p: Profile, at: int) -> str:
+    """What a healthy net is told: how much of the output's gradient reaches its first layer."""
+    if not p.lines:
+        return "No weight layer received a gradient: there is nothing to judge."
+    share = 10 ** p.decades[at, 0] if np.isfinite(p.decades[at, 0]) else math.nan
+    name = p.names([0])[0].removesuffix("#0")
+    return f"The gradient lives: {name} receives {share:.2g} of what the output sends."
+
+
+def write(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[str]) -> None:
+    """findings.json and summary.json of a run folder."""
+    told = {"schema": 1, "findings": list(findings), "notes": notes(trace)}
+    write_json(Path(folder) / "findings.json", told)
+    write_json(Path(folder) / "summary.json", summarize(trace, findings))
+
+
+def as_markdown(findings: Sequence[Finding]) -> str:
+    """The findings for TensorBoard's text tab."""
+    if not findings:
+        return "**Healthy**: no finding."
+    lines = []
+    for f in findings:
+        lines.append(f"**{f.sentence}** {f.why}\n\n- {f.kind} by {f.cause}, {f.severity}, from step {f.onset_step}")
+        lines.append(f"- remedy: {f.remedy}\n- expected: {f.expected}")
+        lines.append("\n| measured | value |\n|---|---|")
+        lines += [f"| {name} | {value:.4g} |" for name, value in f.evidence.items()]
+        lines.append("")
+    return "\n".join(lines)

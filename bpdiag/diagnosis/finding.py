@@ -1,0 +1,50 @@
+"""A finding: one fault, with its place, its cause in numbers and its remedy; and how its numbers are worded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault: where, since when, why in numbers, what to do and what that should do to the number."""
+
+    kind: str
+    severity: str  # harm, warning
+    layers: tuple[str, ...]  # name#call, input side first
+    onset_step: int
+    cause: str
+    evidence: dict[str, float]
+    confidence: float  # share of the steps judged in which it holds
+    remedy: str
+    expected: str
+    source: str
+    sentence: str = ""  # what, where, how much
+    why: str = ""
+
+    def __str__(self) -> str:
+        parts = (self.sentence, self.why, f"Remedy: {self.remedy}.", f"Expected: {self.expected}.")
+        return " ".join(part for part in parts if part)
+
+
+def real(x: float, digits: int = 1) -> str:
+    """A number with a real minus sign.
+
+    Example:
+        >>> real(-7.46), real(0.305, 2)
+        ('−7.5', '0.30')
+    """
+    return f"{x:.{digits}f}".replace("-", "−")
+
+
+def power(decades: float) -> str:
+    """A factor given in decades: plain within a thousandth and a thousand, else a power of ten.
+
+    Example:
+        >>> power(-0.85), power(-7.46), power(-math.inf)
+        ('0.14', '10^−7.5', 'exactly 0')
+    """
+    if decades == -math.inf:
+        return "exactly 0"
+    return f"{10**decades:.2g}" if abs(decades) < 3 else f"10^{real(decades)}"

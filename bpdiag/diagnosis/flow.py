@@ -1,0 +1,162 @@
+"""Vanishing and exploding: one ledger, read in two directions."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+
+from bpdiag.diagnosis.finding import Finding, power, real
+from bpdiag.diagnosis.harm import harm, verdict
+from bpdiag.diagnosis.profile import Profile
+from bpdiag.diagnosis.units import dead_units
+
+SLIP = math.log10(2) / 2  # 0.15 decades a layer: the smallest classical slip of a weight variance, a factor of 2
+FORMAT_END = 38.5  # log10 of the largest float32
+
+
+def _owners(p: Profile, quote: np.ndarray, lowest: int) -> dict[str, float]:
+    """Decades each owner takes (< 0) or gives between layer ``lowest`` and the top: medians over samples, summed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        medians = {k: np.nanmedian(v[quote][:, lowest:-1], axis=0) for k, v in p.ledger.items()}
+    return {k: float(v[np.isfinite(v)].sum()) for k, v in medians.items()}
+
+
+def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, dict[str, float]]:
+    """The owner of most decades lost (sign -1) or gained (+1), and each owner's decades and share of them."""
+    owners = _owners(p, quote, lowest)
+    taken = {k: max(sign * v, 0.0) for k, v in owners.items()}
+    total = sum(taken.values())
+    evidence = {f"decades_{k}": v for k, v in owners.items()}
+    evidence |= {f"share_{k}": v / total if total else math.nan for k, v in taken.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        slips = [
+            np.nanmean(np.abs(np.nanmedian(p.ledger[k][quote][:, lowest:-1], axis=0))) for k in ("weights", "slopes")
+        ]
+    cause = max(taken, key=taken.get) if total else "depth"
+    if cause == "other":
+        cause = "normalization"
+    elif max(slips) < SLIP and cause != "alignment":
+        cause = "depth"
+    return cause, evidence
+
+
+def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Finding]:
+    """Vanishing or exploding: the same ledger, read in two directions."""
+    told = verdict(p, harmed.any(1))
+    if told is None:
+        return
+    severity, quote, onset, confidence = told
+    where = np.flatnonzero(harmed[quote].mean(0) >= 0.5)
+    where = where if where.size else np.flatnonzero(harmed[quote].any(0))
+    lowest, limit = int(where[0]), math.log10(p.planned)
+    decades = float(np.median(p.decades[quote, lowest]))
+    cause, evidence = _cause(p, quote, lowest, sign)
+    at = int(quote[-1])
+    gain = p.hidden_gain(at)
+    per_layer = decades / max(len(p.lines) - 1 - lowest, 1)
+    travel = float(np.nanmedian(p.travel[quote, lowest])) if np.isfinite(p.travel[quote, lowest]).any() else math.nan
+    evidence = {
+        "decades": decades,
+        "limit": sign * limit,
+        "planned_steps": float(p.planned),
+        "planned_steps_given": float(p.trace.meta.get("planned_steps") is not None),
+        "gain_per_layer": gain,
+        "travel": travel,
+        "loss": float(p.losses[at]),
+        "step": float(p.steps[at]),
+        **evidence,
+    }
+    name = p.names([lowest])[0].removesuffix("#0")
+    if sign < 0:
+        sentence = f"The gradient dies on its way down: {name} receives {power(decades)} of what the output sends."
+    else:
+        sentence = f"The gradient grows on its way down: {name} receives {power(decades)} times what the output sends."
+    if severity == "warning":
+        sentence += " It passed before the end."
+    remedy, expected = _flow_remedy(p, cause, evidence, sign)
+    yield Finding(
+        kind=kind,
+        severity=severity,
+        layers=p.names(where),
+        onset_step=onset,
+        cause=cause,
+        evidence=evidence,
+        confidence=confidence,
+        remedy=remedy,
+        expected=expected,
+        source="maths of the ledger: ours; variances: He et al. 2015, Schoenholz et al. 2017; harm: measured, ours",
+        sentence=sentence,
+        why=_flow_why(evidence, per_layer, p.planned, sign),
+    )
+
+
+def vanishing(p: Profile) -> Iterator[Finding]:
+    """Too little arrives below, by the harm rule."""
+    yield from _flow(p, "vanishing", harm(p)[0], -1)
+
+
+def exploding(p: Profile) -> Iterator[Finding]:
+    """More arrives below than the top can live beside, or nearly more than the number format holds."""
+    norms = p.trace.column("g_z_norm")[0][:, p.lines]
+    with np.errstate(all="ignore"):
+        near_the_end = (np.log10(norms) > FORMAT_END - 1) & p.finite[:, None]
+    yield from _flow(p, "exploding", harm(p)[1] | near_the_end, +1)
+
+
+OWNERS = {
+    "weights": "weights off their critical size",
+    "slopes": "the activation's own slope",
+    "alignment": "the alignment of cotangents with weights and slopes",
+    "other": "what lies between weights and activations",
+}
+
+
+def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: int) -> str:
+    """Who takes how much of how much."""
+    shares = {k: evidence[f"share_{k}"] for k in OWNERS}
+    ranked = sorted((k for k in shares if shares[k] > 0), key=lambda k: -shares[k])
+    verb = "takes" if sign < 0 else "adds"
+    told = ", ".join(f"{OWNERS[k]} {shares[k]:.0%}" for k in ranked if shares[k] >= 0.005)
+    what = f"{'lost' if sign < 0 else 'gained'}"
+    per = f"{real(abs(per_layer), 2)} decades are {what} per layer" if math.isfinite(per_layer) else "all is lost"
+    limit = f"over {planned:,} steps a layer must receive 10^{real(-math.log10(planned))} or more to learn"
+    if sign > 0:
+        limit = f"over {planned:,} steps a rate that suits this layer leaves the top still"
+    return (
+        f"{per[0].upper()}{per[1:]}; of what is {what}, {told} ({verb} most: {ranked[0]}); {limit}."
+        if ranked
+        else f"{limit}."
+    )
+
+
+def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) -> tuple[str, str]:
+    """(what to do, what that should do to the number)."""
+    decades = evidence["decades"]
+    back = evidence.get({"weights": "decades_weights", "slopes": "decades_slopes"}.get(cause, ""), decades)
+    after = decades - back
+    goal = f"decades of the lowest layer from {real(decades)} to about {real(after)}"
+    activations = {layer.activation for layer in p.trace.layers if layer.activation}
+    kind = next(iter(activations)) if len(activations) == 1 else "the activation"
+    r = next((layer.r for layer in p.trace.layers if layer.r), 1.0)
+    if cause == "weights":
+        critical = f"{1 / r**2:.2g}"
+        preset = " (model.weight_variance=he)" if critical == "2" else ""
+        return f"initialize {kind} layers at weight variance {critical}/fan_in{preset}, or orthogonally", goal
+    if cause == "slopes":
+        words = "take an activation whose slope is 1 where it passes, with its critical weights"
+        return f"{words} (model.activation=relu model.weight_variance=he), or normalize the preactivations", goal
+    if cause == "alignment":
+        return "normalize the preactivations, or initialize orthogonally", goal
+    if cause == "normalization":
+        return "add residual connections around the normalized layers", "decades of the lowest layer to about 0"
+    gain = 10 ** (decades / max(len(p.lines) - 1, 1))
+    deep = math.log10(p.planned) / max(abs(math.log10(gain)), 1e-9) if gain > 0 and math.isfinite(gain) else math.nan
+    return (
+        "add residual connections, each branch divided by sqrt(number of blocks)",
+        f"total gain between 1 and 1.65; without them this chain carries {deep:.0f} layers over {p.planned:,} steps",
+    )

@@ -1,0 +1,60 @@
+"""When is a small gradient a fault?  When over the steps planned a layer cannot move."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+
+from bpdiag.diagnosis.profile import Profile
+
+LEAST_TRAVEL = 0.1  # all steps agreeing move z by under a tenth
+LUCK = 1.0  # decades that the draw of the weights alone may cost or give: healthy nets measured -.75 ... +.56
+ADAM_DECADES = 3.0  # an optimizer that divides the scale out meets its eps about there
+
+
+def harm(p: Profile) -> tuple[np.ndarray, np.ndarray]:
+    """(S, L) bool each: layers that cannot learn because too little arrives; because what arrives below drowns them.
+
+    None once the loss has converged.  Too little, beyond what luck of the weights does (|D| < 1), is any of
+
+    * tau < 0.1 in the layer while the best layer's is above: its own gradient is what holds it back;
+    * SGD: D < -log10 T: where the top layer stands steps of 1/sqrt(fan_in), this one gets 10^D of them;
+    * any optimizer: D < -3 together with a plateau.
+
+    Too much is D > log10 T (SGD, or any optimizer on a plateau): the rate that the lowest layer stands starves the top.
+    """
+    limit = math.log10(p.planned)
+    low, open_ = p.decades < -LUCK, ~p.converged[:, None] & p.finite[:, None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        best = np.nanmax(np.where(np.isfinite(p.travel), p.travel, np.nan), axis=1, keepdims=True, initial=0.0)
+    still = (p.travel < LEAST_TRAVEL) & (best >= LEAST_TRAVEL)
+    starved = np.zeros_like(low) if not p.sgd_like else p.decades < -limit
+    stuck = (p.decades < -ADAM_DECADES) & p.plateau[:, None]
+    vanishing = open_ & low & (still | starved | stuck)
+    exploding = open_ & (p.decades > limit) & (p.plateau[:, None] | p.sgd_like)
+    return vanishing, exploding
+
+
+def verdict(p: Profile, harmed: np.ndarray) -> tuple[str, np.ndarray, int, float] | None:
+    """(severity, samples to quote, onset, confidence) of a harm, (S,) bool; None where it is none.
+
+    It is harm if most of the last quarter of the finite samples have it; a warning if a tenth of all had it and it
+    passed.
+    """
+    usable = np.flatnonzero(p.finite)
+    if not usable.size or not harmed.any():
+        return None
+    last = usable[-max(1, math.ceil(usable.size / 4)) :]
+    onset = int(p.steps[np.flatnonzero(harmed)[0]])
+    share = float(harmed[last].mean())
+    if share > 0.5:
+        quote = last[harmed[last]]
+        run = np.flatnonzero(~harmed[usable])
+        onset = int(p.steps[usable[run[-1] + 1]]) if run.size and run[-1] + 1 < usable.size else onset
+        return "harm", quote, onset, share
+    if harmed[usable].mean() >= 0.1:
+        return "warning", np.flatnonzero(harmed), onset, float(harmed[usable].mean())
+    return None

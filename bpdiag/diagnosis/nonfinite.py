@@ -1,0 +1,98 @@
+"""Non-finite numbers: bracketed in time, traced to the first call that made one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from bpdiag.diagnosis.finding import Finding
+from bpdiag.diagnosis.profile import Profile
+from bpdiag.trace import Trace
+
+
+def non_finite(p: Profile) -> Iterator[Finding]:
+    """The first step with a nan or an infinity, bracketed, and the first call in it."""
+    trace = p.trace
+    steps, losses = trace.losses
+    bad_losses, bad_samples = steps[~np.isfinite(losses)], p.steps[~p.finite]
+    if not len(bad_losses) and not len(bad_samples):
+        return
+    first = int(min([*bad_losses[:1], *bad_samples[:1]]))
+    good = [s for s in (*steps[np.isfinite(losses)], *p.steps[p.finite]) if s < first]
+    last_good = int(max(good)) if good else -1
+    evidence: dict[str, float] = {"last_finite_step": float(last_good), "first_nonfinite_step": float(first)}
+    layers, cause, where = (), "not sampled", "in a step that was not sampled"
+    if len(bad_samples):
+        at = int(np.searchsorted(p.steps, bad_samples[0]))
+        evidence["sampled_step"] = float(bad_samples[0])
+        index, cause = _first_bad_call(trace, at)
+        if index is not None:
+            layers = (trace.layers[index].key,)
+            where = f"{_PLACES[cause]} {trace.layers[index].key.removesuffix('#0')}"
+        if at:
+            ratio = trace.column("update_ratio")[0][at - 1]
+            reach = ratio * np.sqrt([float(layer.fan_in or 0) for layer in trace.layers])
+            evidence["largest_reach_before"] = float(np.nanmax(reach)) if np.isfinite(reach).any() else math.nan
+        gains = trace.column("forward_gain")[0][at]
+        if np.isfinite(gains).any():
+            evidence["forward_gain"] = float(np.exp(np.nanmedian(np.log(gains[np.isfinite(gains) & (gains > 0)]))))
+    rate = trace.meta.get("optimizer", {}).get("lr", math.nan)
+    evidence["learning_rate"] = float(rate)
+    since = f"step {first}" + (f", after {last_good} finite ones" if last_good > 0 else "")
+    grown = evidence.get("forward_gain", 1.0)
+    if cause == "input":
+        remedy, expected = "repair or drop the samples that are not finite", "every number finite"
+    elif cause == "forward" and grown > 2:
+        remedy = "initialize at the critical weight variance (model.weight_variance=he)"
+        expected = f"forward gain per layer from {grown:.2g} to 1"
+    else:
+        reach = evidence.get("largest_reach_before", math.nan)
+        remedy = f"lower the learning rate from {rate:g} tenfold"
+        expected = "every number finite" + (
+            f"; reach of a step from {reach:.2g} to {reach / 10:.2g}" if reach > 0 else ""
+        )
+    yield Finding(
+        kind="non_finite",
+        severity="harm",
+        layers=layers,
+        onset_step=first,
+        cause=cause,
+        evidence=evidence,
+        confidence=1.0,
+        remedy=remedy,
+        expected=expected,
+        source="ours",
+        sentence=f"The run is not finite from {since}: first seen {where}.",
+        why=f"The last finite step is {last_good}." if last_good >= 0 else "No step was finite.",
+    )
+
+
+_PLACES = {
+    "input": "in the input of",
+    "forward": "in the output of",
+    "weights": "in the weights of",
+    "backward": "in the cotangent of",
+}
+
+
+def _first_bad_call(trace: Trace, at: int) -> tuple[int | None, str]:
+    """The first call with finite inputs and a non-finite output, forward before backward; and what broke."""
+    bad = lambda name: (lambda v, there: there[at] & ~np.isfinite(v[at]))(*trace.column(name))  # noqa: E731
+    out, weights, data = bad("z_norm") | bad("a_norm"), bad("W_rms"), bad("x_rms")
+    for i, layer in enumerate(trace.layers):
+        if data[i]:
+            return i, "input"
+        if out[i] and not any(out[j] for j in layer.parents):
+            return i, "weights" if weights[i] else "forward"
+    back = bad("g_z_norm") | bad("g_a_norm")
+    readers: dict[int, list[int]] = {}
+    for i, layer in enumerate(trace.layers):
+        for j in layer.parents:
+            readers.setdefault(j, []).append(i)
+    for i in reversed(range(len(trace.layers))):
+        if back[i] and not any(back[j] for j in readers.get(i, [])):
+            return i, "backward"
+    last = np.flatnonzero(bad("g_W_norm") | weights)
+    return (int(last[-1]), "backward") if last.size else (None, "loss")

@@ -1,0 +1,172 @@
+"""A trace laid out for judging: gains, the exact ledger, travel and the course of the loss, as plain arrays.
+
+The ledger of one step from weight layer l+1 down to l (log is log10, r = 1/sqrt(critical weight variance) of phi_l):
+
+    log G = d_w + d_s + log A + log C        d_w = log(sig r)   sig = sqrt(fan_in) rms(W_{l+1})    A = w / sig
+                                             d_s = log(sl / r)  sl = rms(phi'(z_l))                C = s / sl
+
+d_w is the weights' share of the blame, d_s the slopes', log A + log C the alignment's; d_w = d_s = 0 in a net that
+neither shrinks nor grows a gradient.  What lies between and is no activation (a normalization, a pool) is "other".
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bpdiag.trace import Trace
+
+ASSUMED_STEPS = 1_000  # the horizon T where none was planned
+CONVERGED = 0.1  # of ln K or of the first loss
+FLAT = 0.02  # of the first loss: less of a fall in half the run is a plateau
+WINDOW = 5  # samples that an update ratio is the median of
+
+
+@dataclass
+class Profile:
+    """A trace laid out for judging: S sampled steps, L weight layers, L-1 steps between them; log is log10."""
+
+    trace: Trace
+    lines: list[int]  # indices of the weight layers that got a gradient
+    steps: np.ndarray  # (S,) sampled steps
+    finite: np.ndarray  # (S,) bool: every number of the step is finite
+    decades: np.ndarray  # (S, L)
+    gain: np.ndarray  # (S, L): G of the step above l; nan for the last
+    ledger: dict[str, np.ndarray]  # weights, slopes, alignment, other -> (S, L) decades of the step above l
+    travel: np.ndarray  # (S, L)
+    losses: np.ndarray  # (S,) mean of the last ones
+    converged: np.ndarray  # (S,) bool
+    plateau: np.ndarray  # (S,) bool
+    planned: int
+    sgd_like: bool
+
+    def names(self, where: Sequence[int]) -> tuple[str, ...]:
+        """``name#call`` of weight layers by their number from 0."""
+        return tuple(self.trace.layers[self.lines[i]].key for i in where)
+
+    def hidden_gain(self, at: int) -> float:
+        """Geometric mean of G over the steps between hidden layers at sample ``at``; nan if there is none."""
+        gains = self.gain[at, : max(len(self.lines) - 2, 1)]
+        gains = gains[np.isfinite(gains) & (gains > 0)]
+        return float(10 ** np.log10(gains).mean()) if gains.size else math.nan
+
+
+def profile(trace: Trace) -> Profile:
+    """The numbers that judging needs, from the columns of a trace."""
+    lines = [i for i in trace.weight_layers() if trace.column("g_z_norm")[1][:, i].any()]
+    steps = trace.sampled_steps
+    pick = lambda name: trace.column(name)[0][:, lines]  # noqa: E731
+    gain, decades = pick("backward_gain"), pick("decades")
+    with np.errstate(all="ignore"):
+        ledger = _ledger(trace, lines, gain)
+        travel = _travel(trace, lines, pick("update_ratio"))
+    losses, converged, plateau = _course(trace, lines)
+    return Profile(
+        trace=trace,
+        lines=lines,
+        steps=steps,
+        finite=_finite(trace),
+        decades=decades,
+        gain=gain,
+        ledger=ledger,
+        travel=travel,
+        losses=losses,
+        converged=converged,
+        plateau=plateau,
+        planned=horizon(trace),
+        sgd_like=bool(trace.meta.get("optimizer", {}).get("sgd_like", True)),
+    )
+
+
+def _ledger(trace: Trace, lines: list[int], gain: np.ndarray) -> dict[str, np.ndarray]:
+    """(S, L) decades of the step above each weight layer, by owner; nan where the way up is not known."""
+    log = lambda name, i: np.log10(trace.column(name)[0][:, i])  # noqa: E731
+    out = {owner: np.full(gain.shape, np.nan) for owner in ("weights", "slopes", "alignment", "other")}
+    for at, i in enumerate(lines):
+        layer = trace.layers[i]
+        if layer.next is None:
+            continue
+        sig = log("W_rms", layer.next) + math.log10(trace.layers[layer.next].fan_in or 1) / 2
+        passed = log("slope_factor", i)
+        way = [i, *layer.via]
+        carriers = [j for j in way if trace.layers[j].activation]
+        r = math.prod(trace.layers[j].r or 1.0 for j in carriers)
+        size = sum(log("slope_rms", j) for j in carriers) if carriers else 0.0 * passed
+        own = _activation_factor(trace, way, carriers[0], log) if len(carriers) == 1 else passed
+        if not carriers and not layer.via:
+            size = passed  # functions we do not know: what they pass is theirs
+        out["weights"][:, at] = sig + math.log10(r)
+        out["slopes"][:, at] = size - math.log10(r)
+        out["alignment"][:, at] = log("weight_factor", i) - sig + (own - size if carriers else 0.0)
+        out["other"][:, at] = passed - own if carriers else passed - size
+    return out
+
+
+def _activation_factor(trace: Trace, way: list[int], j: int, log: Callable[[str, int], np.ndarray]) -> np.ndarray:
+    """log(|cotangent below phi| / |above it|) of the activation on row ``j``, apart from what else lies on the way."""
+    if trace.layers[j].kind != trace.layers[j].activation:  # a function call: both are on the row of the layer below
+        return log("g_z_norm", j) - log("g_a_norm", j)
+    below = way[way.index(j) - 1]
+    return log("g_z_norm", below) - log("g_a_norm", j)
+
+
+def horizon(trace: Trace) -> int:
+    """T, the steps planned; 1,000 where none were given."""
+    return int(trace.meta.get("planned_steps") or ASSUMED_STEPS)
+
+
+def _travel(trace: Trace, lines: list[int], ratio: np.ndarray) -> np.ndarray:
+    """tau = T u sqrt(fan_in), (S, L): a bound on the relative change of z over T planned steps that all agree.
+
+    The median of the last five samples.  SGD's first steps are short while its momentum builds up: u / (1 - mu^(t+1)).
+    """
+    momentum = min(float(trace.meta.get("optimizer", {}).get("momentum", 0.0)), 0.999)
+    ratio = ratio / (1 - momentum ** (trace.sampled_steps[:, None] + 1.0))
+    recent = np.full((WINDOW, *ratio.shape), np.nan)
+    for k in range(min(WINDOW, len(ratio))):
+        recent[k, k:] = ratio[: len(ratio) - k]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a layer without any update: nan
+        usual = np.nanmedian(recent, axis=0)
+    fan_in = np.array([trace.layers[i].fan_in or 1 for i in lines], float)
+    return horizon(trace) * usual * np.sqrt(fan_in)
+
+
+def _finite(trace: Trace) -> np.ndarray:
+    """(S,) bool: every number measured in the step is finite."""
+    ok = np.ones(len(trace.sampled_steps), bool)
+    for name in ("z_norm", "a_norm", "g_z_norm", "g_a_norm", "W_rms", "g_W_norm"):
+        values, there = trace.column(name)
+        ok &= ~(there & ~np.isfinite(values)).any(1)
+    return ok
+
+
+def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
+
+    Converged: below a tenth of its first value or of ln K, K the outputs.  A plateau: it fell by under 2 % of its first
+    value in the second half of the steps so far (20 at least) and is above half of what guessing costs.
+    """
+    steps, losses = trace.losses
+    steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
+    count = np.searchsorted(steps, trace.sampled_steps, side="right")
+    if not len(losses) or not lines:
+        nothing = np.zeros(len(count), bool)
+        return np.full(len(count), np.nan), nothing, nothing
+    total = np.concatenate([[0.0], np.cumsum(losses)])
+
+    def mean_to(end: np.ndarray, width: np.ndarray) -> np.ndarray:
+        start = np.maximum(end - width, 0)
+        return (total[end] - total[start]) / np.maximum(end - start, 1)
+
+    width = np.maximum(10, count // 10)
+    now, half_way = mean_to(count, width), mean_to(count // 2, width)
+    first, guessing = losses[0], math.log(max(trace.layers[lines[-1]].units or 1, 1))
+    converged = (count > 0) & (now < CONVERGED * max(first, guessing))
+    stands = 0.5 * (min(first, guessing) if guessing > 0 else first)
+    plateau = (count >= 20) & (half_way - now < FLAT * first) & (now > stands)
+    return np.where(count > 0, now, np.nan), converged, plateau

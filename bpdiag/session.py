@@ -1,0 +1,153 @@
+"""watch(model, optimizer): the public face of measuring.  Recorder + sinks, opened and closed together."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bpdiag
+from bpdiag import diagnosis, hooks
+from bpdiag.config import UsageError
+from bpdiag.dashboard.writer import TensorBoardWriter
+from bpdiag.trace import Trace, TraceWriter
+
+
+def watch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    *,
+    every: int = 1,
+    planned_steps: int | None = None,
+    log: str | os.PathLike[str] | None = None,
+) -> Watch:
+    """Measure every layer of ``model`` on steps 0, N, 2N, ... of the block.
+
+    A step ends when the optimizer (the last one of several) has stepped, without one at ``watch.step()``.  Watching
+    changes no result by a bit, and leaving the block, also by an exception, leaves the model as it was.
+
+    Args:
+        model: any module, run eagerly.
+        optimizer: one, several, or none.
+        every: N; on the other steps no module has a hook.
+        planned_steps: the length of the training, by which harm is judged; 1,000 where it is not given.
+        log: a folder for the trace, TensorBoard's event file and, on leaving, findings.json and summary.json.
+
+    Raises:
+        UsageError: ``every`` or ``planned_steps`` is below 1, or an optimizer is none.
+        TraceError: ``log`` already holds a run.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with watch(model, optimizer) as watching:
+        ...     loss = watching.loss(model(torch.ones(3, 4)).square().mean())
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> [layer.key for layer in watching.trace.layers]
+        ['0#0', '1#0', '2#0']
+    """
+    optimizers = [] if optimizer is None else [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
+    for one in optimizers:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise UsageError(f"optimizer: a torch.optim.Optimizer, several, or None; got {type(one).__name__}")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model: a torch.nn.Module; got {type(model).__name__}")
+    for name, value in (("every", every), ("planned_steps", planned_steps)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}={value}: must be at least 1")
+    return Watch(model, optimizers, every, planned_steps, log)
+
+
+class Watch:
+    """What ``watch`` returns: a context manager that measures while its block runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        every: int,
+        planned_steps: int | None,
+        log: str | os.PathLike[str] | None,
+    ) -> None:
+        self._log = log
+        self._open = lambda: self._begin(model, optimizers, every, planned_steps)
+        self._recorder: hooks.Recorder | None = None
+
+    def _begin(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], every: int, planned_steps: int | None
+    ) -> None:
+        meta = {
+            "every": every,
+            "planned_steps": planned_steps,
+            "optimizer": hooks.describe(optimizers),
+            "model": type(model).__name__,
+            "provenance": {
+                "steps": "sampled: 0, N, 2N, ... with N = every; the loss of every step that told it",
+                "cotangents": "as the backward delivers them: a loss scale is not divided out",
+                "weight_gradients": "as the optimizer meets them; local to this process",
+                "passes": "several forward passes in a step are kept apart as backward 0, 1, ...",
+            },
+            "versions": {
+                "bpdiag": bpdiag.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        self._writer = TraceWriter(self._log, meta)
+        self._board = TensorBoardWriter(self._log) if self._log is not None else None
+        self._recorder = hooks.Recorder(model, optimizers, [s for s in (self._writer, self._board) if s], every)
+        self._recorder.start()
+
+    def __enter__(self) -> Watch:
+        if self._recorder is not None:
+            raise UsageError("this watch has been used; call bpdiag.watch again")
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._running().stop()
+        self._writer.close()
+        if self._board is not None:
+            trace = self.trace
+            findings = diagnosis.diagnose(trace)
+            diagnosis.write(trace, findings, self._log)
+            self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
+            self._board.close()
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Note the step's loss, of every step, and return it; read by the host with the next sample."""
+        self._running().add_loss(loss)
+        return loss
+
+    def step(self) -> None:
+        """End the step: for loops without an optimizer."""
+        self._running().end_step()
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Numbers of your own for the dashboard: an accuracy, a learning rate."""
+        if self._board is not None:
+            self._board.add_scalars(values, step)
+
+    @property
+    def steps(self) -> int:
+        """How many steps have ended."""
+        return self._running().step
+
+    @property
+    def trace(self) -> Trace:
+        """All that was measured so far: inside the block a snapshot."""
+        self._running()
+        return self._writer.snapshot()
+
+    def _running(self) -> Any:
+        if self._recorder is None:
+            raise UsageError("not begun: use it as `with bpdiag.watch(model, optimizer) as watch:`")
+        return self._recorder

@@ -1,0 +1,432 @@
+"""What was measured of a run: named columns over (step, backward, layer, call), no tensors.  The project's waist.
+
+Everything that measures ends in a ``Trace``, everything that judges or shows begins with one.  On disk it is a folder:
+
+    part-NNNNN.parquet    one row per (step, backward, layer, call), one column per ``tensor_statistic``
+    steps-NNNNN.parquet   one row per step: the loss (every step), the learning rate (sampled steps)
+    missing.parquet       (layer, call, column, from_step, to_step, reason): why a null is null
+    meta.json             schema version, the layer table, the optimizer, the horizon, the provenance of the numbers
+
+Each file is written aside and renamed, so that a reader never meets a torn one and a kill loses at most the last
+unwritten part.  A null is missing and has a reason; it is never written as 0.
+
+Needs numpy and pyarrow, never torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA = 1
+KEYS = ("step", "backward", "layer", "call")
+
+# column: what it holds, and where.  z is what a module that is no activation gives out, a what an activation gives out.
+COLUMNS: dict[str, str] = {
+    "z_norm": "l2 norm of the output of a layer that is no activation, over all elements, batch included",
+    "z_rms": "the same per element: norm / sqrt(number of elements)",
+    "z_cosine": "mean cosine of two samples' z, uncentred; weight layers only",
+    "a_norm": "l2 norm of an activation's output (on the weight layer's row when the activation is a function call)",
+    "a_rms": "the same per element",
+    "a_saturated_fraction": "share of elements with |slope| under 5 % of the activation's largest",
+    "a_dead_fraction": "share of units with slope exactly 0 for every sample of the last sampled batches",
+    "slope_rms": "rms of the activation's slope, elementwise",
+    "x_rms": "rms of the input of a layer that no watched layer feeds: the data, as a rule",
+    "g_z_norm": "l2 norm of dL/dz",
+    "g_z_rms": "the same per element",
+    "g_a_norm": "l2 norm of dL/da",
+    "g_a_rms": "the same per element",
+    "W_rms": "rms of the layer's weight before the step",
+    "g_W_norm": "l2 norm of dL/dW as the optimizer meets it",
+    "dW_rms": "rms of W after the step - W before it",
+    "update_ratio": "dW_rms / W_rms",
+    "forward_gain": "z_rms over that of the weight layer below (x_rms for the first)",
+    "backward_gain": "G = |g_z| / |g_z of the next weight layer|, l2 norms; < 1 vanishes",
+    "weight_factor": "w = |g_a| / |g_z of the next weight layer|: what the next layer's weights do",
+    "slope_factor": "s = |g_z| / |g_a|: what the activation does;  G = w s",
+    "decades": "D = log10(|g_z| / |g_z of the last weight layer|)",
+}
+
+
+class TraceError(ValueError):
+    """A folder holds no readable trace; the message says what was looked for and where."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of one module: a line of the layer table."""
+
+    name: str  # qualified name; "" for a model that is itself a leaf
+    call: int  # 0 for its first call in a forward pass
+    kind: str  # linear, conv2d, relu, ...: the module's class in lower case, or the rule's name
+    shape: tuple[int, ...] = ()  # of the output, batch first
+    parents: tuple[int, ...] = ()  # indices of the watched layers whose outputs it was computed from
+    next: int | None = None  # the next weight layer, where the way there does not fork
+    via: tuple[int, ...] = ()  # the watched layers on that way
+    fan_in: int | None = None  # of a weight layer
+    units: int | None = None  # of a weight layer: N_out, or channels
+    activation: str | None = None  # the rule whose slope this row carries
+    largest_slope: float | None = None
+    r: float | None = None  # 1/sqrt(critical weight variance), see rules.activation
+    window: int = 0  # sampled batches that a_dead_fraction looks back on
+
+    @property
+    def key(self) -> str:
+        """``name#call``."""
+        return f"{self.name}#{self.call}"
+
+    @property
+    def is_weight_layer(self) -> bool:
+        """Whether it multiplies by a weight matrix: what depth counts."""
+        return self.fan_in is not None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a column is null for a layer over a range of sampled steps, both ends included."""
+
+    layer: str
+    call: int
+    column: str
+    from_step: int
+    to_step: int
+    reason: str
+
+
+@dataclass
+class Sample:
+    """All that one sampled step brought: what a sink is given."""
+
+    step: int
+    layers: Sequence[Layer]  # the whole table so far
+    rows: list[tuple[int, int, dict[str, float]]]  # (backward, index into layers, column -> value)
+    losses: list[tuple[int, float]]  # of all steps since the last sample
+    learning_rate: float | None = None
+    missing: list[tuple[int, str, str]] = field(default_factory=list)  # (index into layers, column, reason)
+
+
+class Sink(Protocol):
+    """Where samples go: a trace folder, a dashboard."""
+
+    def write(self, sample: Sample) -> None:
+        """Take one sample."""
+
+    def close(self) -> None:
+        """Write what is pending; called once, also after an exception."""
+
+
+@dataclass
+class Trace:
+    """A run's measurements in memory.
+
+    ``table`` has KEYS and every column of COLUMNS (float64, null where missing); ``steps`` has step, loss and
+    learning_rate; ``meta`` has what a judge must know: optimizer, planned_steps, every, provenance.
+    """
+
+    table: pa.Table
+    steps_table: pa.Table
+    layers: list[Layer]
+    missing: list[Missing]
+    meta: dict[str, Any]
+
+    @classmethod
+    def build(
+        cls,
+        layers: Sequence[Layer],
+        samples: Iterable[Sample],
+        meta: dict[str, Any] | None = None,
+    ) -> Trace:
+        """A trace from samples, as a recorder or a test types them."""
+        writer = TraceWriter(meta=meta)
+        for sample in samples:
+            writer.write(dataclasses.replace(sample, layers=layers))
+        trace = writer.snapshot()
+        trace.layers = trace.layers or list(layers)
+        return trace
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Trace:
+        """The trace of a run folder (or of the ``trace`` folder in it).
+
+        Raises:
+            TraceError: There is no trace, or a file of it cannot be read.
+        """
+        run = Path(folder)
+        if not run.is_dir():
+            raise TraceError(f"{run}: no such folder")
+        here = run / "trace" if (run / "trace").is_dir() else run
+        if not (here / "meta.json").is_file():
+            raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")
+        try:
+            meta = json.loads((here / "meta.json").read_text())
+            if meta.get("schema") != SCHEMA:
+                raise TraceError(f"{here}: schema {meta.get('schema')}; this version reads schema {SCHEMA}")
+            layers = [_layer(line) for line in meta.pop("layers")]
+            parts, steps = (
+                [pq.read_table(path) for path in sorted(here.glob(f"{kind}-*.parquet"))] for kind in ("part", "steps")
+            )
+            missing = pq.read_table(here / "missing.parquet").to_pylist() if (here / "missing.parquet").exists() else []
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, TraceError):
+                raise
+            raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
+        return cls(
+            _concat([_ROWS.empty_table(), *parts]),
+            _concat([_STEPS.empty_table(), *steps]),
+            layers,
+            [Missing(**line) for line in missing],
+            meta,
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the trace folder ``folder/trace``; returns it."""
+        here = Path(folder) / "trace"
+        here.mkdir(parents=True, exist_ok=True)
+        _write_table(self.table, here / "part-00000.parquet")
+        _write_table(self.steps_table, here / "steps-00000.parquet")
+        _write_missing(self.missing, here)
+        _write_meta(self.meta, self.layers, here)
+        return here
+
+    def to_arrow(self) -> pa.Table:
+        """The rows, as a pyarrow table."""
+        return self.table
+
+    def to_pandas(self) -> Any:
+        """The rows, as a pandas data frame (pandas is optional)."""
+        return self.table.to_pandas()
+
+    @property
+    def sampled_steps(self) -> np.ndarray:
+        """(S,) the steps measured, ascending."""
+        return np.unique(self.table["step"].to_numpy())
+
+    @property
+    def losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and losses, (T,) each, of every step that told its loss."""
+        steps = self.steps_table.filter(pa.compute.is_valid(self.steps_table["loss"]))
+        return steps["step"].to_numpy(), steps["loss"].to_numpy()
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A column as (S, L) float64 and whether it was measured, (S, L) bool; S sampled steps, L lines of the table.
+
+        Of several forward passes in one step the first is taken.  Where not measured the value is nan.
+        """
+        key = ("column", name)
+        if key not in self._cache():
+            rows, lines = self._position()
+            values = np.full((len(self.sampled_steps), len(self.layers)), np.nan)
+            there = np.zeros(values.shape, bool)
+            column = self.table[name].combine_chunks()
+            values[rows[0], rows[1]] = column.take(lines).to_numpy(zero_copy_only=False)
+            there[rows[0], rows[1]] = column.take(lines).is_valid().to_numpy(zero_copy_only=False)
+            self._cache()[key] = (values, there)
+        return self._cache()[key]
+
+    def _position(self) -> tuple[tuple[np.ndarray, np.ndarray], pa.Array]:
+        """Where each first-pass row of the table belongs in an (S, L) array, and its number."""
+        if "position" not in self._cache():
+            first = np.flatnonzero(self.table["backward"].to_numpy() == 0)
+            steps = np.searchsorted(self.sampled_steps, self.table["step"].to_numpy()[first])
+            index = {(layer.name, layer.call): i for i, layer in enumerate(self.layers)}
+            names, calls = self.table["layer"].take(pa.array(first)).to_pylist(), self.table["call"].to_numpy()[first]
+            lines = np.array([index[name, int(call)] for name, call in zip(names, calls, strict=True)], int)
+            self._cache()["position"] = (steps, lines), pa.array(first)
+        return self._cache()["position"]
+
+    def _cache(self) -> dict[Any, Any]:
+        return self.__dict__.setdefault("_cached", {})
+
+    def weight_layers(self) -> list[int]:
+        """Indices of the weight layers in execution order: layer 1, ..., layer L."""
+        return [i for i, layer in enumerate(self.layers) if layer.is_weight_layer]
+
+
+_ROWS = pa.schema(
+    [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
+    + [(name, pa.float64()) for name in COLUMNS]
+)
+_STEPS = pa.schema([("step", pa.int64()), ("loss", pa.float64()), ("learning_rate", pa.float64())])
+_MISSING = pa.schema(
+    [
+        ("layer", pa.string()),
+        ("call", pa.int32()),
+        ("column", pa.string()),
+        ("from_step", pa.int64()),
+        ("to_step", pa.int64()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+class TraceWriter:
+    """The sink that keeps a trace: in ``folder/trace`` as it grows, or in memory.
+
+    With a folder, memory stays flat: a part is written every ``part_samples`` samples or ``part_seconds`` seconds.
+
+    Raises:
+        TraceError: ``folder/trace`` exists: two runs must not be mixed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        meta: dict[str, Any] | None = None,
+        part_samples: int = 64,
+        part_seconds: float = 15.0,
+    ) -> None:
+        self.meta = dict(meta or {})
+        self.layers: list[Layer] = []
+        self.part_samples, self.part_seconds = part_samples, part_seconds
+        self._rows: list[dict[str, Any]] = []
+        self._steps: dict[int, dict[str, Any]] = {}
+        self._kept: tuple[list[pa.Table], list[pa.Table]] = ([], [])
+        self._missing: dict[tuple[str, int, str, str], list[tuple[int, int]]] = {}
+        self._samples, self._parts, self._written = 0, 0, time.monotonic()
+        self._last_sampled: int | None = None
+        self.folder = None
+        if folder is not None:
+            self.folder = Path(folder) / "trace"
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise TraceError(f"{folder}: already holds a run; choose another folder or remove this one") from None
+            _write_meta(self.meta, self.layers, self.folder)
+
+    def write(self, sample: Sample) -> None:
+        """Take one sample; write a part if enough has come together."""
+        grown = len(sample.layers) != len(self.layers) or any(
+            new is not old for new, old in zip(sample.layers, self.layers, strict=True)
+        )
+        if grown:
+            self.layers = list(sample.layers)
+            if self.folder:
+                _write_meta(self.meta, self.layers, self.folder)
+        for backward, index, values in sample.rows:
+            layer = self.layers[index]
+            self._rows.append(
+                {"step": sample.step, "backward": backward, "layer": layer.name, "call": layer.call, **values}
+            )
+        for step, loss in sample.losses:
+            self._steps.setdefault(step, {"step": step})["loss"] = loss
+        if sample.learning_rate is not None:
+            self._steps.setdefault(sample.step, {"step": sample.step})["learning_rate"] = sample.learning_rate
+        for index, column, reason in sample.missing:
+            layer = self.layers[index]
+            spans = self._missing.setdefault((layer.name, layer.call, column, reason), [])
+            if spans and spans[-1][1] == self._last_sampled:
+                spans[-1] = (spans[-1][0], sample.step)
+            else:
+                spans.append((sample.step, sample.step))
+        self._last_sampled = sample.step
+        self._samples += 1
+        if self._samples >= self.part_samples or time.monotonic() - self._written > self.part_seconds:
+            self._part()
+
+    def close(self) -> None:
+        """Write the last part, the reasons for what is missing, the layer table."""
+        self._part()
+        if self.folder:
+            _write_meta(self.meta, self.layers, self.folder)
+
+    def snapshot(self) -> Trace:
+        """All that was taken so far."""
+        rows, steps = self._pending()
+        if self.folder:
+            parts, kept_steps = (
+                [pq.read_table(path) for path in sorted(self.folder.glob(f"{kind}-*.parquet"))]
+                for kind in ("part", "steps")
+            )
+        else:
+            parts, kept_steps = self._kept
+        table, steps_table = _concat([*parts, rows]), _concat([*kept_steps, steps])
+        return Trace(table, steps_table, list(self.layers), self._spans(), dict(self.meta))
+
+    def _pending(self) -> tuple[pa.Table, pa.Table]:
+        return (
+            pa.Table.from_pylist(self._rows, schema=_ROWS),
+            pa.Table.from_pylist([self._steps[step] for step in sorted(self._steps)], schema=_STEPS),
+        )
+
+    def _part(self) -> None:
+        rows, steps = self._pending()
+        if self.folder:
+            if rows.num_rows:
+                _write_table(rows, self.folder / f"part-{self._parts:05d}.parquet")
+            if steps.num_rows:
+                _write_table(steps, self.folder / f"steps-{self._parts:05d}.parquet")
+            _write_missing(self._spans(), self.folder)
+        else:
+            self._kept[0].append(rows)
+            self._kept[1].append(steps)
+        self._rows, self._steps, self._samples = [], {}, 0
+        self._parts, self._written = self._parts + 1, time.monotonic()
+
+    def _spans(self) -> list[Missing]:
+        return [
+            Missing(name, call, column, first, last, reason)
+            for (name, call, column, reason), spans in self._missing.items()
+            for first, last in spans
+        ]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with non-finite numbers as the strings NaN, Infinity, -Infinity (JSON has none); written aside, renamed."""
+    text = json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False)
+    _replace(path, lambda aside: aside.write_text(text + "\n"))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not np.isfinite(value):
+        return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _layer(line: dict[str, Any]) -> Layer:
+    tuples = {name: tuple(line[name]) for name in ("shape", "parents", "via")}
+    return Layer(**{**line, **tuples})
+
+
+def _concat(tables: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables([t for t in tables if t.num_rows] or tables[:1], promote_options="default")
+
+
+def _replace(path: Path, write: Any) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    _replace(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
+
+
+def _write_missing(missing: Sequence[Missing], folder: Path) -> None:
+    if missing:
+        table = pa.Table.from_pylist([dataclasses.asdict(m) for m in missing], schema=_MISSING)
+        _write_table(table, folder / "missing.parquet")
+
+
+def _write_meta(meta: dict[str, Any], layers: Sequence[Layer], folder: Path) -> None:
+    write_json(folder / "meta.json", {"schema": SCHEMA, **meta, "layers": list(layers)})
