@@ -211,9 +211,8 @@ class Recorder:
         def arrived(g: Tensor) -> None:
             self._measure(call, "_entering", g)
             if owner is not None:
-                owner.values["g_a_norm"], owner.values["g_a_rms"] = (
-                    call.values[f"_entering_{s}"] for s in ("norm", "rms")
-                )
+                owner.values["g_a_norm"] = call.values["_entering_norm"]
+                owner.values["g_a_rms"] = call.values["_entering_rms"]
 
         x.register_hook(arrived)
 
@@ -298,14 +297,10 @@ class Recorder:
         losses = self._read_losses([call.values for call in self._calls])
         missing += self._derive()
         self._enter_layers()
-        rows = [
-            (
-                call.backward,
-                self._index[call.name, call.number],
-                {k: float(v) for k, v in call.values.items() if k in COLUMNS},
-            )
-            for call in self._calls
-        ]
+        rows = []
+        for call in self._calls:
+            told = {column: float(value) for column, value in call.values.items() if column in COLUMNS}
+            rows.append((call.backward, self._index[call.name, call.number], told))
         gaps = [(self._index[call.name, call.number], column, reason) for call, column, reason in missing]
         rate = self.optimizers[0].param_groups[0].get("lr") if self.optimizers else None
         rate = float(rate) if rate is not None else None

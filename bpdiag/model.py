@@ -101,9 +101,7 @@ def build(config: ModelConfig, n_in: int, n_out: int, seed: int) -> nn.Sequentia
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for layer in range(1, config.depth + 1):
         n_below, n_here = widths[layer - 1], widths[layer]
-        linear = (
-            Linear(n_below, n_here) if by_hand else nn.Linear(n_below, n_here, device="meta").to_empty(device="cpu")
-        )
+        linear = Linear(n_below, n_here) if by_hand else skip_init(nn.Linear, n_below, n_here)
         with torch.no_grad():
             INITIALIZERS[config.weight_variance](linear.weight, linear.bias, generator)
         modules[f"linear{layer}"] = linear

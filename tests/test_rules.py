@@ -59,7 +59,7 @@ def loss_inputs(seed=0):
 
 
 CASES = {
-    **{name: Case(rule, rule.oracle(), activation_inputs) for name, rule in ACTIVATIONS.items()},
+    **{name: Case(rule, rule.oracle(**rule.settings), activation_inputs) for name, rule in ACTIVATIONS.items()},
     "linear": Case(Linear, linear, linear_inputs),
     "cross_entropy": Case(CrossEntropy, cross_entropy, loss_inputs),
 }
@@ -560,10 +560,19 @@ def test_the_table_is_whole():
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_node_is_the_name_of_torchs_own_backward(name):
-    z = torch.ones(2, requires_grad=True)
-    out = ACTIVATIONS[name].oracle()(z)
+def test_torchs_own_module_and_node_are_recognized(name):
+    module = CASES[name].oracle
+    out = module(torch.ones(2, requires_grad=True))
     assert (out.grad_fn.name() if out.grad_fn else "") == ACTIVATIONS[name].node
+    assert [n for n, rule in ACTIVATIONS.items() if rule.is_done_by(module)] == [name]
+    if out.grad_fn:
+        assert [n for n, rule in ACTIVATIONS.items() if rule.made(out.grad_fn)] == [name]
+
+
+def test_a_leaky_relu_of_another_slope_is_not_ours():
+    module = torch.nn.LeakyReLU(0.2)
+    assert not LeakyRelu.is_done_by(module)
+    assert not LeakyRelu.made(module(torch.ones(2, requires_grad=True)).grad_fn)
 
 
 def test_a_subclass_with_a_vjp_of_its_own_is_differentiated_by_it():

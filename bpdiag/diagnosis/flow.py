@@ -9,38 +9,31 @@ from collections.abc import Iterator
 import numpy as np
 
 from bpdiag.diagnosis.finding import Finding, power, real
-from bpdiag.diagnosis.harm import harm, verdict
+from bpdiag.diagnosis.harm import LEAST_TRAVEL, harm, verdict
 from bpdiag.diagnosis.profile import Profile
-from bpdiag.diagnosis.units import dead_units
 
 SLIP = math.log10(2) / 2  # 0.15 decades a layer: the smallest classical slip of a weight variance, a factor of 2
 FORMAT_END = 38.5  # log10 of the largest float32
 
 
-def _owners(p: Profile, quote: np.ndarray, lowest: int) -> dict[str, float]:
-    """Decades each owner takes (< 0) or gives between layer ``lowest`` and the top: medians over samples, summed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        medians = {k: np.nanmedian(v[quote][:, lowest:-1], axis=0) for k, v in p.ledger.items()}
-    return {k: float(v[np.isfinite(v)].sum()) for k, v in medians.items()}
-
-
 def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, dict[str, float]]:
-    """The owner of most decades lost (sign -1) or gained (+1), and each owner's decades and share of them."""
-    owners = _owners(p, quote, lowest)
+    """The owner of most decades lost (sign -1) or gained (+1), and each owner's decades and share of them.
+
+    Between layer ``lowest`` and the top; medians over the samples quoted, summed over the steps.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a step whose way up is not known: nan
+        typical = {k: np.nanmedian(v[quote][:, lowest:-1], axis=0) for k, v in p.ledger.items()}
+    owners = {k: float(v[np.isfinite(v)].sum()) for k, v in typical.items()}
     taken = {k: max(sign * v, 0.0) for k, v in owners.items()}
     total = sum(taken.values())
     evidence = {f"decades_{k}": v for k, v in owners.items()}
     evidence |= {f"share_{k}": v / total if total else math.nan for k, v in taken.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        slips = [
-            np.nanmean(np.abs(np.nanmedian(p.ledger[k][quote][:, lowest:-1], axis=0))) for k in ("weights", "slopes")
-        ]
+    slips = [np.abs(typical[k][np.isfinite(typical[k])]) for k in ("weights", "slopes")]
     cause = max(taken, key=taken.get) if total else "depth"
     if cause == "other":
         cause = "normalization"
-    elif max(slips) < SLIP and cause != "alignment":
+    elif all(slip.mean() < SLIP for slip in slips if slip.size) and cause != "alignment":
         cause = "depth"
     return cause, evidence
 
@@ -117,21 +110,21 @@ OWNERS = {
 
 
 def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: int) -> str:
-    """Who takes how much of how much."""
+    """Who takes how much of how much, and why that is too much."""
     shares = {k: evidence[f"share_{k}"] for k in OWNERS}
     ranked = sorted((k for k in shares if shares[k] > 0), key=lambda k: -shares[k])
-    verb = "takes" if sign < 0 else "adds"
-    told = ", ".join(f"{OWNERS[k]} {shares[k]:.0%}" for k in ranked if shares[k] >= 0.005)
-    what = f"{'lost' if sign < 0 else 'gained'}"
-    per = f"{real(abs(per_layer), 2)} decades are {what} per layer" if math.isfinite(per_layer) else "all is lost"
-    limit = f"over {planned:,} steps a layer must receive 10^{real(-math.log10(planned))} or more to learn"
+    what, verb = ("lost", "takes") if sign < 0 else ("gained", "gives")
     if sign > 0:
         limit = f"over {planned:,} steps a rate that suits this layer leaves the top still"
-    return (
-        f"{per[0].upper()}{per[1:]}; of what is {what}, {told} ({verb} most: {ranked[0]}); {limit}."
-        if ranked
-        else f"{limit}."
-    )
+    elif evidence["travel"] < LEAST_TRAVEL:
+        limit = f"over {planned:,} steps this layer can move its output by at most {evidence['travel']:.1g} of itself"
+    else:
+        limit = f"over {planned:,} steps a layer must receive 10^{real(-math.log10(planned))} or more to learn"
+    if not ranked:
+        return f"{limit[0].upper()}{limit[1:]}."
+    others = "".join(f", {OWNERS[k]} {shares[k]:.0%}" for k in ranked[1:] if shares[k] >= 0.005)
+    much = f"{real(abs(per_layer), 2)} decades a layer are {what}" if math.isfinite(per_layer) else f"All is {what}"
+    return f"{much}: {OWNERS[ranked[0]]} {verb} {shares[ranked[0]]:.0%} of it{others}; {limit}."
 
 
 def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) -> tuple[str, str]:

@@ -50,9 +50,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     else:
         reach = evidence.get("largest_reach_before", math.nan)
         remedy = f"lower the learning rate from {rate:g} tenfold"
-        expected = "every number finite" + (
-            f"; reach of a step from {reach:.2g} to {reach / 10:.2g}" if reach > 0 else ""
-        )
+        expected = f"reach of a step from {reach:.2g} to {reach / 10:.2g}" if reach > 0 else "every number finite"
     yield Finding(
         kind="non_finite",
         severity="harm",

@@ -17,7 +17,7 @@ MOST = 0.5  # of a layer's units
 
 
 def dead_units(p: Profile) -> Iterator[Finding]:
-    """Units silent for every sample of several batches, beyond chance, where gradients vanish by slopes or nothing moves.
+    """Units silent for every sample of several batches, beyond chance, where gradients vanish by them or nothing moves.
 
     Chance alone silences p(c, B) of the units when samples look alike (cosine c): that many are no fault, see
     ``dead_by_chance``.  A warning, not harm, where most units of a layer are dead and the net learns all the same.
@@ -75,9 +75,9 @@ def _activations(p: Profile, there: np.ndarray) -> Iterator[tuple[int, int, int]
 
 
 def dead_by_chance(cosine: float, batch: int) -> float:
-    """p(c, B) = integral of Dx Phi(-x sqrt(c/(1-c)))^B: the share of units that B samples of mean cosine c leave silent.
+    """p(c, B) = integral of Dx Phi(-x sqrt(c/(1-c)))^B: the share of units that B samples leave silent by chance.
 
-    For a relu and Gaussian preactivations.  0 for c <= 0 or nan: nothing is then excused.  1/2 at c = 1, where all
+    For samples of mean cosine c, a relu and Gaussian preactivations.  0 for c <= 0 or nan: nothing is then excused.  1/2 at c = 1, where all
     samples are one.
 
     Source:
