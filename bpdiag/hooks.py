@@ -74,6 +74,7 @@ class Recorder:
         self._handles: list[Any] = []  # hooks on modules, while armed
         self._silence: dict[tuple[str, int], deque[Tensor]] = {}
         self._losses: list[tuple[int, Tensor | float]] = []
+        self.last_loss = math.nan
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -326,7 +327,9 @@ class Recorder:
         for (step, _), loss in zip(self._losses, losses["loss"].values(), strict=True):
             of_step.setdefault(step, []).append(loss)
         self._losses.clear()
-        return [(step, sum(told) / len(told)) for step, told in of_step.items()]
+        means = [(step, sum(told) / len(told)) for step, told in of_step.items()]
+        self.last_loss = means[-1][1] if means else self.last_loss
+        return means
 
     # ---- step to step --------------------------------------------------------------------------------
 

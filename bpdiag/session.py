@@ -136,6 +136,16 @@ class Watch:
         if self._board is not None:
             self._board.add_scalars(values, step)
 
+    def note(self, **facts: Any) -> None:
+        """Facts for the trace's meta.json: what built the model, say."""
+        self._running()
+        self._writer.meta.update(facts)
+
+    @property
+    def last_loss(self) -> float:
+        """The loss of the last sampled step that has ended; nan before the first.  Costs no further host read."""
+        return self._running().last_loss
+
     @property
     def steps(self) -> int:
         """How many steps have ended."""

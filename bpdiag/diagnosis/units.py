@@ -77,8 +77,8 @@ def _activations(p: Profile, there: np.ndarray) -> Iterator[tuple[int, int, int]
 def dead_by_chance(cosine: float, batch: int) -> float:
     """p(c, B) = integral of Dx Phi(-x sqrt(c/(1-c)))^B: the share of units that B samples leave silent by chance.
 
-    For samples of mean cosine c, a relu and Gaussian preactivations.  0 for c <= 0 or nan: nothing is then excused.  1/2 at c = 1, where all
-    samples are one.
+    For samples of mean cosine c, a relu and Gaussian preactivations.  0 for c <= 0 or nan: nothing is then excused;
+    1/2 at c = 1, where all samples are one.
 
     Source:
         ours; measured on He relu, depth 20, c .954, B 256: .254.

@@ -1,0 +1,222 @@
+"""One Config -> one trained model and its Trace, deterministic by seed, with every layer watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpdiag import data, model
+from bpdiag.config import Config, UsageError, check_ranges, choose
+from bpdiag.diagnosis import Finding, diagnose
+from bpdiag.rules import RULES
+from bpdiag.session import watch
+from bpdiag.trace import Trace, write_json
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+ORDER = 0x6F72646572  # the order of the data draws from its own stream: the seed plus this
+
+
+def _sgd(parameters: Any, config: Config) -> torch.optim.Optimizer:
+    o = config.optimizer
+    return torch.optim.SGD(parameters, o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=True)
+
+
+def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, config.optimizer.lr, weight_decay=config.optimizer.weight_decay, fused=True)
+
+
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam}
+
+
+@dataclass
+class Result:
+    """A finished run: what it was asked, what it measured, what was found."""
+
+    config: Config
+    folder: Path | None
+    model: nn.Module
+    trace: Trace
+    findings: list[Finding]
+    metrics: dict[str, Any]  # test_accuracy, validation_accuracy, train_loss, steps, seconds, stopped
+
+
+def check(config: Config) -> None:
+    """Everything in ``config`` can be used: ranges, names, device, and the data, which is read and verified.
+
+    Raises:
+        UsageError: Something cannot; the message says what came, what is known, what to do.
+    """
+    check_ranges(config)
+    model.check(config.model)
+    choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    choose("training.dtype", config.training.dtype, DTYPES)
+    device(config)
+    samples = len(_load(config).train)
+    if config.data.batch_size > samples:
+        raise UsageError(f"data.batch_size={config.data.batch_size}: the training split has {samples} samples")
+
+
+def device(config: Config) -> torch.device:
+    """The device ``config`` names, tried.
+
+    Raises:
+        UsageError: There is none of that name here.
+    """
+    name = config.training.device
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say no
+        there = ["cpu", *(kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available())]
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"training.device={name}: {reason}; here: {', '.join(there)}") from error
+    return found
+
+
+def _load(config: Config) -> data.Dataset:
+    return data.load(config.data, config.training.device, DTYPES[config.training.dtype])
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Numbers under 1.2e-38 count as 0 inside; as before afterwards.
+
+    A vanishing gradient is made of them, and the processor takes many times as long for each.
+    """
+    tiny = torch.full((1,), 1e-40)
+    before = (tiny * 1.0).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """``count`` threads inside; as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, split: data.Split, chunk: int = 5_000) -> float:
+    """Share of ``split`` whose largest logit is at its class; a nan logit is largest, as torch has it."""
+    right = sum(
+        (net(split.x[i : i + chunk]).argmax(1) == split.y[i : i + chunk]).sum() for i in range(0, len(split), chunk)
+    )
+    return float(right) / len(split)
+
+
+def train(
+    config: Config,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Result:
+    """Train what ``config`` describes, watch every layer, judge.
+
+    Stops when the loss is not finite, and keeps and judges what there is; so it does when interrupted, before the
+    interrupt is passed on.
+
+    Args:
+        config: one run, whole.
+        folder: where the run folder is written: trace, event file, findings.json, summary.json, metrics.json,
+            model.pt; nothing is written without it.
+        progress: called at every sampled step with (step, steps planned, loss).
+
+    Raises:
+        UsageError: ``config`` cannot be used.
+        TraceError: ``folder`` already holds a run.
+
+    Example:
+        >>> from bpdiag.config import ModelConfig, TrainingConfig
+        >>> config = Config(model=ModelConfig(activation="sigmoid", depth=8), training=TrainingConfig(steps=20))
+        >>> [(f.kind, f.cause) for f in train(config).findings]
+        [('vanishing', 'slopes')]
+    """
+    check(config)
+    with flushed_denormals(), threads(config.training.threads):
+        return _train(config, Path(folder) if folder is not None else None, progress)
+
+
+def _train(config: Config, folder: Path | None, progress: Callable[[int, int, float], None] | None) -> Result:
+    start = time.perf_counter()
+    dataset, where, dtype = _load(config), device(config), DTYPES[config.training.dtype]
+    net = model.build(config.model, dataset.train.x.shape[1], dataset.classes, config.seed).to(where, dtype)
+    by_hand = config.model.backward == "handwritten"
+    criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
+    optimizer = OPTIMIZERS[config.optimizer.name](net.parameters(), config)
+    per_epoch = math.ceil(len(dataset.train) / config.data.batch_size)
+    planned = min(config.training.epochs * per_epoch, config.training.steps or math.inf)
+    metrics: dict[str, Any] = {"stopped": None}
+    interrupt: KeyboardInterrupt | None = None
+
+    with watch(net, optimizer, every=config.watch.every, planned_steps=max(planned, 1), log=folder) as watching:
+        watching.note(config=dataclasses.asdict(config), data_mean=dataset.mean, data_std=dataset.std)
+        try:
+            for rows in batches(config, len(dataset.train), planned, where):
+                loss = watching.loss(criterion(net(dataset.train.x[rows]), dataset.train.y[rows]))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step = watching.steps
+                if (step - 1) % config.watch.every == 0:
+                    if not math.isfinite(watching.last_loss):
+                        metrics["stopped"] = f"the loss was not finite at step {step - 1}"
+                        break
+                    if progress:
+                        progress(step, int(planned), watching.last_loss)
+                if step % per_epoch == 0:
+                    watching.scalars({"accuracy/validation": accuracy(net, dataset.validation)}, step)
+        except KeyboardInterrupt as caught:
+            interrupt, metrics["stopped"] = caught, "interrupted"
+        metrics["steps"] = watching.steps
+        metrics["test_accuracy"] = accuracy(net, dataset.test)
+        metrics["validation_accuracy"] = accuracy(net, dataset.validation)
+        watching.scalars({"accuracy/test": metrics["test_accuracy"]}, watching.steps)
+
+    trace = watching.trace
+    told = trace.losses[1][-100:]
+    metrics["train_loss"] = float(told.mean()) if len(told) else math.nan
+    findings = diagnose(trace) if len(trace.sampled_steps) else []
+    metrics["seconds"] = round(time.perf_counter() - start, 3)
+    if folder is not None:
+        keep(net, config, folder / "model.pt")
+        write_json(folder / "metrics.json", metrics)
+    if interrupt is not None:
+        raise interrupt
+    return Result(config, folder, net, trace, findings, metrics)
+
+
+def batches(config: Config, samples: int, planned: float, where: torch.device) -> Iterator[Tensor]:
+    """Indices of each batch, every sample once an epoch (the last batch may be short), ``planned`` of them."""
+    generator = torch.Generator().manual_seed((config.seed + ORDER) % 2**63)
+    given = 0
+    for _ in range(config.training.epochs):
+        order = torch.randperm(samples, generator=generator).to(where)
+        for rows in order.split(config.data.batch_size):
+            if given >= planned:
+                return
+            given += 1
+            yield rows
+
+
+def keep(net: nn.Module, config: Config, path: Path) -> None:
+    """The weights and what built them, in one file that ``torch.load`` opens with weights_only=True."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save({"config": dataclasses.asdict(config), "state_dict": net.state_dict()}, aside)
+    aside.replace(path)
