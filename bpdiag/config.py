@@ -106,8 +106,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not close:  # model.depht is near model.depth; a bare depth is near it too
-        close = [n for n in names if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    if not close:  # model.depht is near model.depth; so is a bare depht
+        leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
+        close = [leaves[n] for n in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.6)]
     listed = ", ".join(names) if len(names) <= 24 else f"{len(names)} names"
     return f"known: {listed}" + (f"; did you mean '{close[0]}'?" if close else "")
 

@@ -10,6 +10,7 @@ import functools
 import gzip
 import hashlib
 import lzma
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ MNIST: dict[str, tuple[str, tuple[int, ...]]] = {
     "t10k-labels-idx1-ubyte": ("ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", (10_000,)),
 }
 DATASETS = ("mnist",)
+WAY_OUT = "leave data.root out to use the embedded MNIST"
 
 
 @dataclass(frozen=True)
@@ -108,20 +110,22 @@ def _content(root: str, name: str) -> tuple[bytes, Path]:
     """The uncompressed file and where it came from."""
     if root == "embedded":
         path = Path(__file__).parent / "mnist" / f"{name}.xz"
-        return lzma.decompress(path.read_bytes()), path
+        try:
+            return lzma.decompress(path.read_bytes()), path
+        except (OSError, lzma.LZMAError) as error:
+            raise UsageError(f"cannot read the embedded {path}: {error}; install bpdiag anew") from error
     folder = Path(root).expanduser()
     if not folder.is_dir():
-        raise UsageError(
-            f"data.root={root}: no such folder; give a torchvision data folder, or leave it out for the embedded MNIST"
-        )
+        raise UsageError(f"data.root={root}: no such folder; give a torchvision data folder, or {WAY_OUT}")
     places = [folder / "MNIST" / "raw", folder / "raw", folder]
     for path in (place / f"{name}{ending}" for place in places for ending in ("", ".gz")):
         if path.is_file():
             try:
                 return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()), path
-            except (OSError, EOFError, ValueError) as error:  # gzip's errors for a damaged or unreadable file
-                raise UsageError(f"data.root={root}: cannot read {path}: {error}") from error
-    raise UsageError(f"data.root={root}: {name} is not in {places[0]}, {places[1]} or {places[2]}, with or without .gz")
+            except (OSError, EOFError, zlib.error) as error:  # an unreadable or damaged file
+                raise UsageError(f"data.root={root}: cannot read {path}: {error}; {WAY_OUT}") from error
+    looked = ", ".join(map(str, places))
+    raise UsageError(f"data.root={root}: no {name} (or .gz) in {looked}; {WAY_OUT}")
 
 
 def read_idx(source: tuple[bytes, Path], name: str, digest: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -135,6 +139,6 @@ def read_idx(source: tuple[bytes, Path], name: str, digest: str, shape: tuple[in
     if found != digest:
         raise UsageError(
             f"{path} is damaged or not MNIST: {len(content)} bytes with sha256 {found[:16]}..., "
-            f"expected {4 + 4 * len(shape) + int(np.prod(shape))} bytes with {digest[:16]}..."
+            f"expected {4 + 4 * len(shape) + int(np.prod(shape))} bytes with {digest[:16]}...; {WAY_OUT}"
         )
     return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)

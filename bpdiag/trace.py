@@ -382,19 +382,20 @@ class TraceWriter:
 
 def write_json(path: Path, content: Any) -> None:
     """JSON with non-finite numbers as the strings NaN, Infinity, -Infinity (JSON has none); written aside, renamed."""
-    text = json.dumps(_plain(content), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
     _replace(path, lambda aside: aside.write_text(text + "\n"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: dataclasses as objects, non-finite numbers as strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+        return plain(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float) and not np.isfinite(value):
         return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -85,10 +85,21 @@ def test_flat_reads_the_value_under_its_key(key):
 def test_flat_takes_a_part_and_a_prefix():
     assert flat(ModelConfig(width=3))["width"] == 3
     assert flat(ModelConfig(width=3), "model.")["model.width"] == 3
+    assert list(flat(Config(), "run.")) == [f"run.{key}" for key in TYPES]
 
 
 def test_ranges_cover_every_number_and_nothing_else():
     assert RANGES.keys() == NUMBERS
+
+
+def test_zero_is_refused_where_it_means_nothing():
+    refused = set()
+    for key in RANGES:
+        try:
+            check_ranges(changed(key, 0))
+        except UsageError:
+            refused.add(key)
+    assert refused == {"model.depth", "model.width", "data.batch_size", "training.threads", "watch.every"}
 
 
 def test_the_defaults_are_in_range():

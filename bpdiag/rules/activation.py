@@ -54,7 +54,7 @@ class Activation(Rule):
         return node.name() == cls.node and all(getattr(node, f"_saved_{k}") == v for k, v in cls.settings.items())
 
     @classmethod
-    def keeps(cls, inputs: tuple[Any, ...], output: Tensor) -> tuple[Tensor]:
+    def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
         """The output or the input, as ``saves`` says."""
         return (output if cls.saves == "output" else inputs[0],)
 
@@ -77,7 +77,7 @@ class Activation(Rule):
 
 
 class Identity(Activation):
-    """a = z,  da/dz = 1.  No kink; inf stays inf."""
+    """a = z,  da/dz = 1.  No kink; inf stays inf.  Keeps nothing: the slope is the same everywhere."""
 
     name = "identity"
     oracle = nn.Identity
@@ -86,7 +86,12 @@ class Identity(Activation):
     def forward(z):
         return z.clone()  # a fresh tensor: an in-place operation on a must not change z
 
-    def vjp(g_a, a):
+    @classmethod
+    def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        """Nothing."""
+        return ()
+
+    def vjp(g_a, a=None):
         return g_a
 
 
@@ -132,7 +137,7 @@ class Relu(Activation):
         return torch.clamp_min(z, 0)
 
     def vjp(g_a, a):
-        return torch.where(a <= 0, 0.0, g_a)  # not g_a * (a > 0): inf * 0 is nan
+        return g_a.masked_fill(a <= 0, 0)  # not g_a * (a > 0): inf * 0 is nan
 
 
 class LeakyRelu(Activation):

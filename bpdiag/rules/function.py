@@ -7,6 +7,7 @@ true inputs and outputs; it runs under ``torch.func.vmap`` and under autocast.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ class Rule:
     * ``forward(*inputs) -> Tensor``;
     * ``vjp(g, *kept, needs) -> tuple``: one cotangent (or None) per input; ``needs[i]`` is False where nobody asks
       for the i-th, so that it need not be computed;
-    * ``keeps(inputs, output) -> tuple of Tensor``: what the backward needs, and no more.
+    * ``keeps(inputs, output, needs) -> tuple of Tensor``: what the backward needs, and no more.
 
     ``apply(*inputs)`` is the differentiable function made of them.
     """
@@ -36,11 +37,11 @@ class Rule:
         for method in ("forward", "vjp"):
             if method in cls.__dict__:
                 setattr(cls, method, staticmethod(cls.__dict__[method]))
-        if "forward" in cls.__dict__:
+        if hasattr(cls, "forward"):  # a rule that inherits its forward may have a vjp of its own
             cls.apply = staticmethod(_function(cls).apply)
 
     @classmethod
-    def keeps(cls, inputs: tuple[Any, ...], output: Tensor) -> tuple[Tensor | None, ...]:
+    def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """What the backward needs of a call."""
         raise NotImplementedError(f"{cls.__name__} does not say what its backward needs")
 
@@ -55,7 +56,7 @@ class Rule:
 def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
     """The ``autograd.Function`` of a rule."""
 
-    class Function(torch.autograd.Function):
+    class Template(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
@@ -65,14 +66,19 @@ def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             ctx.dtypes = tuple(t.dtype if isinstance(t, Tensor) else None for t in inputs)
-            ctx.save_for_backward(*rule.keeps(inputs, output))
+            ctx.save_for_backward(*rule.keeps(inputs, output, ctx.needs_input_grad))
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             # Under autocast g is of lower precision than what was kept, and a product refuses to mix them.
-            kept = tuple(t.to(g.dtype) if t is not None and t.is_floating_point() else t for t in ctx.saved_tensors)
+            kept = tuple(_cast(t, g.dtype) if t is not None and t.is_floating_point() else t for t in ctx.saved_tensors)
             grads = rule.pull_back(g, kept, ctx.needs_input_grad)
-            return tuple(t if t is None else t.to(d) for t, d in zip(grads, ctx.dtypes, strict=True))
+            return tuple([t if t is None else _cast(t, d) for t, d in zip(grads, ctx.dtypes, strict=True)])
 
-    Function.__name__ = Function.__qualname__ = rule.__name__
-    return Function
+    # torch binds the arguments of every call to this signature: worked out each time it would cost as much as the rule
+    Template.forward.__signature__ = inspect.signature(Template.forward)
+    return type(rule.__name__, (Template,), {})  # named when made: the node in the graph is <name>Backward
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)

@@ -18,10 +18,12 @@ class CrossEntropy(Rule):
 
     Shapes: logits z (B, K), classes y (B,) of integers 0..K-1, C ().  Softmax and logarithm are one rule: apart, the
     slope of the logarithm at a probability that underflowed is infinite; together it is p - 1.  Stable: the largest
-    logit is subtracted first.  Keeps z and y.  No kink; rows of g_z sum to 0.  A logit of +inf or nan gives nan, as
-    in torch; a wrong class of logit -inf costs nothing; the right class at -inf costs inf.  An empty batch gives nan.
+    logit is subtracted before the exponential, and not added back.  Keeps z and y.  No kink; rows of g_z sum to 0.  A
+    logit of +inf or nan gives nan, as in torch; a wrong class of logit -inf costs nothing; the right class at -inf
+    costs inf.  An empty batch gives nan.
 
     Raises:
+        ValueError: The shapes are not (B, K) and (B,).
         IndexError: A class is outside 0..K-1.
 
     Example:
@@ -35,10 +37,19 @@ class CrossEntropy(Rule):
     name = "cross_entropy"
 
     def forward(z, y):
-        return (torch.logsumexp(z, -1) - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()
+        if z.dim() != 2 or y.shape != z.shape[:1]:
+            shapes = f"z {tuple(z.shape)} and y {tuple(y.shape)}"
+            raise ValueError(f"cross_entropy takes logits z (B, K) and classes y (B,); came {shapes}")
+        # a mean of many small numbers: under autocast in float32, as torch does
+        narrow = z.element_size() < 4 and torch.is_autocast_enabled(z.device.type)
+        log_p = torch.log_softmax(z, 1, dtype=torch.float32 if narrow else None)
+        try:
+            return -log_p.gather(1, y.unsqueeze(1)).mean()
+        except RuntimeError as error:
+            raise IndexError(f"cross_entropy: classes must be integers from 0 to {z.shape[1] - 1}") from error
 
     @classmethod
-    def keeps(cls, inputs: tuple[Any, ...], output: Tensor) -> tuple[Tensor, Tensor]:
+    def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
         """z and y."""
         return inputs
 

@@ -1,0 +1,113 @@
+"""A multirun's jobs, one after another: a line as each ends, a table at the end.  A job that fails stops no other.
+
+Imports neither torch nor numpy: ``hydra_plugins/bpdiag_sequential.py`` is read by every Hydra application.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LONGEST_NAME = 200  # bytes; file systems stop at 255
+
+
+@dataclass
+class SequentialConfig:
+    """hydra/launcher=sequential."""
+
+    _target_: str = "hydra_plugins.bpdiag_sequential.SequentialLauncher"
+
+
+class JobsFailedError(RuntimeError):
+    """Some jobs of a multirun failed; each has been told."""
+
+
+def job_folder(overrides: Sequence[str]) -> str:
+    """A flat, safe folder name for a job: its overrides, keys without their group.
+
+    Example:
+        >>> job_folder(["experiment=vanishing", "model.activation=relu", "model.depth=5", "optimizer.name=adam"])
+        'activation=relu,depth=5,optimizer=adam'
+        >>> job_folder(["data.root=a/b c"])
+        'root=a-b-c'
+    """
+    parts = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key == "experiment" or key.startswith("hydra"):
+            continue
+        group, _, leaf = key.rpartition(".")
+        short = group.rpartition(".")[2] if leaf == "name" else leaf
+        parts.append(f"{short}={re.sub(r'[^A-Za-z0-9_.+-]+', '-', value)}")
+    name = ",".join(parts) or "job"
+    if len(name) > LONGEST_NAME:
+        digest = hashlib.sha256(",".join(overrides).encode()).hexdigest()[:12]
+        name = f"{name[: LONGEST_NAME - 13]}-{digest}"
+    return name
+
+
+def launch(
+    context: Any, task: Any, config: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+) -> list[Any]:
+    """Run the jobs; returns Hydra's JobReturns.
+
+    Raises:
+        JobsFailedError: One or more jobs raised; all others have run.
+    """
+    from hydra.core.utils import JobStatus, run_job, setup_globals
+    from omegaconf import open_dict
+
+    from bpdiag import terminal
+
+    setup_globals()
+    sweep = Path(str(config.hydra.sweep.dir))
+    swept = _varying(job_overrides)
+    told = terminal.Grid(swept, len(job_overrides), sweep)
+    returns, failed, begun = [], 0, time.perf_counter()
+    told.begin()
+    try:
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            job = context.config_loader.load_sweep_config(config, list(overrides))
+            with open_dict(job):
+                job.hydra.job.id, job.hydra.job.num = str(number), number
+            start = time.perf_counter()
+            values = _values(overrides, swept)
+            done = run_job(
+                task_function=task,
+                config=job,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                hydra_context=context,
+            )
+            if done.status is JobStatus.COMPLETED:
+                told.job(values, done._return_value, time.perf_counter() - start)
+            else:
+                failed += 1
+                told.failure(values, done._return_value)
+            returns.append(done)
+    finally:
+        told.end(time.perf_counter() - begun)
+    if failed:
+        raise JobsFailedError(f"{failed} of {len(job_overrides)} jobs failed")
+    return returns
+
+
+def _pairs(overrides: Sequence[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (o.lstrip("+~").partition("=") for o in overrides)}
+
+
+def _varying(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Keys whose value differs between jobs, in the order given; all keys of a single job."""
+    pairs = [_pairs(job) for job in jobs]
+    keys = list(dict.fromkeys(key for job in pairs for key in job if key != "experiment"))
+    return [key for key in keys if len({job.get(key) for job in pairs}) > 1] or (keys if len(jobs) == 1 else [])
+
+
+def _values(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
+    pairs = _pairs(overrides)
+    return [pairs.get(key, "") for key in keys]

@@ -1,0 +1,311 @@
+"""What a run says in words: the layer table with bars in decades, the findings, a sweep's lines and its table.
+
+Blue shrinks, orange grows, nothing is said by colour alone; colour is off when the output is no terminal or NO_COLOR
+is set.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bpdiag import diagnosis
+from bpdiag.diagnosis import Finding, Profile
+from bpdiag.diagnosis.finding import real
+from bpdiag.trace import Trace
+
+GLYPHS = {
+    "lives": "●",
+    "weakened": "◐",
+    "dies": "▼",
+    "dies later": "▽",
+    "blows up": "▲",
+    "not finite": "✕",
+}
+STYLES = {
+    "lives": "default",
+    "weakened": "blue",
+    "dies": "bold blue",
+    "dies later": "bold blue",
+    "blows up": "bold yellow",
+    "not finite": "bold magenta",
+}
+BAR = 24  # cells of the widest bar
+
+
+def console(stderr: bool = False) -> Console:
+    """Standard output (or error); 100 columns where the width is not known."""
+    width = None if os.environ.get("COLUMNS") or Console().is_terminal else 110
+    return Console(stderr=stderr, highlight=False, width=width, soft_wrap=False)
+
+
+def layer_table(p: Profile, at: int) -> Table:
+    """One line per weight layer, output on top: what arrives, the gain of its step, who takes it, how it moves."""
+    trace = p.trace
+    table = Table(title=f"step {p.steps[at]}", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("decades", justify="right")
+    table.add_column(f"of the output's gradient (| 1/T, T = {p.planned})", no_wrap=True)
+    for heading in ("gain", "weights", "slopes", "saturated", "dead", "update"):
+        table.add_column(heading, justify="right")
+    decades = p.decades[at]
+    limit = -math.log10(p.planned)
+    finite = decades[np.isfinite(decades)]
+    deepest = max(abs(limit) * 1.2, float(np.abs(finite).max(initial=0)))
+    for row in reversed(range(len(p.lines))):
+        line = p.lines[row]
+        layer = trace.layers[line]
+        carriers = [line, *layer.via]
+        table.add_row(
+            escape(layer.key.removesuffix("#0")),
+            _number(decades[row], 1),
+            _bar(decades[row], deepest, limit),
+            _number(p.gain[at, row], 3),
+            _number(_at(trace, "weight_factor", at, [line]), 3),
+            _number(_at(trace, "slope_factor", at, [line]), 3),
+            _percent(_at(trace, "a_saturated_fraction", at, carriers)),
+            _percent(_at(trace, "a_dead_fraction", at, carriers)),
+            _scientific(_at(trace, "update_ratio", at, [line])),
+        )
+    return table
+
+
+def _at(trace: Trace, column: str, at: int, lines: Sequence[int]) -> float:
+    values, there = trace.column(column)
+    return next((float(values[at, i]) for i in lines if there[at, i]), math.nan)
+
+
+def _bar(decades: float, deepest: float, limit: float) -> Text:
+    """A bar as long as what is lost (▒, blue) or gained (█, orange), and the limit 1/T on its scale."""
+    if math.isnan(decades):
+        return Text("not measured", style="dim")
+    if math.isinf(decades):
+        return Text("exactly 0" if decades < 0 else "infinite", style="bold magenta")
+    scale = BAR / deepest
+    cells = round(abs(decades) * scale)
+    mark = round(abs(limit) * scale)
+    text = list("█" * cells + " " * (max(BAR, cells) + 1 - cells))
+    if cells <= mark < len(text):
+        text[mark] = "|"
+    return Text("".join(text), style="blue" if decades < 0 else "yellow")
+
+
+def _number(x: float, digits: int) -> str:
+    if math.isnan(x):
+        return "–"
+    if math.isinf(x):
+        return "−inf" if x < 0 else "inf"
+    return real(x + 0.0, digits) if abs(x) >= 10**-digits or x == 0 or digits < 2 else _scientific(x)
+
+
+def _scientific(x: float) -> str:
+    return "–" if math.isnan(x) else "0" if x == 0 else f"{x:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def _percent(x: float) -> str:
+    if math.isnan(x):
+        return "–"
+    return "<1 %" if 0 < x < 0.005 else f"{x:.0%}".replace("%", " %")
+
+
+def findings_text(findings: Sequence[Finding], healthy: str) -> Text:
+    """The findings in words, each with its evidence and remedy; or what is said of a healthy net."""
+    if not findings:
+        return Text(f"● {healthy}")
+    text = Text()
+    for finding in findings:
+        word = diagnosis.verdict([finding])
+        text.append(f"{GLYPHS[word]} {finding.sentence}\n", style=STYLES[word])
+        where = _span(finding.layers)
+        text.append(f"  {finding.kind} by {finding.cause}", style="bold")
+        text.append(f" ({finding.severity}), from step {finding.onset_step}" + (f", {where}.\n" if where else ".\n"))
+        if finding.why:
+            text.append(f"  {finding.why}\n")
+        text.append(f"  Remedy: {finding.remedy}.\n  Expected: {finding.expected}.\n")
+    text.rstrip()
+    return text
+
+
+def _span(layers: Sequence[str]) -> str:
+    names = [name.removesuffix("#0") for name in layers]
+    if len(names) > 3:
+        return f"{names[0]} to {names[-1]} ({len(names)} layers)"
+    return ", ".join(names)
+
+
+def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None, out: Console) -> None:
+    """A run's last words: the sentence, the layer table, the findings, where it lies."""
+    p = diagnosis.profile(trace)
+    summary = diagnosis.summarize(trace, findings)
+    shown = np.flatnonzero(p.finite)
+    if len(p.lines) and shown.size:
+        out.print(layer_table(p, int(shown[-1])))
+        first, last = summary["first"], summary["last"]
+        out.print(
+            f"gain per hidden layer: {_number(first['gain_per_layer'], 3)} at step {first['step']}, "
+            f"{_number(last['gain_per_layer'], 3)} at step {last['step']}"
+        )
+    out.print()
+    out.print(findings_text(findings, summary["sentence"]))
+    for note in diagnosis.notes(trace):
+        out.print(f"  note: {note}", style="dim")
+    if folder is not None:
+        out.print()
+        out.print(f"run folder   {escape(str(folder))}")
+        out.print(f"look closer  tensorboard --logdir {escape(str(folder))}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep's table needs of one run: little, so that a thousand are little."""
+
+    accuracy: float  # on the test split
+    gain_per_layer: float  # of the hidden layers at the first step
+    decades: float  # of layer 1 at the last step
+    word: str  # the verdict
+    verdict: str  # the verdict in half a line
+
+    @classmethod
+    def of(cls, trace: Trace, findings: Sequence[Finding], metrics: dict[str, Any]) -> Outcome:
+        """The outcome of a trace that was judged."""
+        summary = diagnosis.summarize(trace, findings)
+        return cls(
+            accuracy=metrics["test_accuracy"],
+            gain_per_layer=summary["first"]["gain_per_layer"],
+            decades=summary["decades_first_layer"],
+            word=summary["verdict"],
+            verdict=_verdict(summary["verdict"], findings),
+        )
+
+
+class Grid:
+    """A sweep as it goes: one line per job, then one table; seeds of one cell become a mean and a spread."""
+
+    def __init__(self, keys: Sequence[str], jobs: int, folder: Path) -> None:
+        self.keys, self.jobs, self.folder = list(keys), jobs, folder
+        self.rows: list[tuple[list[str], Outcome]] = []
+        self.failures: list[tuple[list[str], BaseException]] = []
+        self.out, self.err = console(), console(stderr=True)
+        self.done = 0
+
+    def begin(self) -> None:
+        """Say what is coming."""
+        names = ", ".join(_short(key) for key in self.keys)
+        self.out.print(f"{self.jobs} jobs" + (f" over {names}" if names else "") + f" -> {escape(str(self.folder))}")
+
+    def job(self, values: Sequence[str], outcome: Outcome, seconds: float) -> None:
+        """A job ended."""
+        self.done += 1
+        self.rows.append((list(values), outcome))
+        line = Text(f"{self.done:>{len(str(self.jobs))}}/{self.jobs}  ")
+        line.append(f"{' '.join(values):<18}  accuracy {100 * outcome.accuracy:5.1f} %  ")
+        line.append(f"{GLYPHS[outcome.word]} {outcome.verdict}", style=STYLES[outcome.word])
+        line.append(f"  {seconds:.1f} s", style="dim")
+        self.out.print(line)
+
+    def failure(self, values: Sequence[str], error: BaseException) -> None:
+        """A job raised: said at once."""
+        self.done += 1
+        self.failures.append((list(values), error))
+        told = f"{' '.join(values)}  FAILED: {type(error).__name__}: {error}"
+        self.err.print(f"{self.done}/{self.jobs}  {escape(told)}", style="bold red")
+
+    def end(self, seconds: float) -> None:
+        """The table of all that ended, and where to look."""
+        if self.rows:
+            self.out.print()
+            self.out.print(self._table())
+        for values, error in self.failures:
+            self.err.print(f"failed: {escape(' '.join(values))}: {type(error).__name__}: {escape(str(error))}")
+        self.out.print(f"\n{self.done} of {self.jobs} jobs in {seconds:.0f} s, {len(self.failures)} failed")
+        self.out.print(f"run folders  {escape(str(self.folder))}")
+        self.out.print(f"look closer  tensorboard --logdir {escape(str(self.folder))}")
+
+    def _table(self) -> Table:
+        keys = [key for key in self.keys if key != "seed"]
+        cells: dict[tuple[str, ...], list[Outcome]] = {}
+        for values, outcome in self.rows:
+            cell = tuple(v for k, v in zip(self.keys, values, strict=True) if k != "seed")
+            cells.setdefault(cell, []).append(outcome)
+        seeds = max(map(len, cells.values()))
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for key in keys:
+            table.add_column(_short(key), justify="right" if key.endswith(("depth", "width")) else "left")
+        if seeds > 1:
+            table.add_column("seeds", justify="right")
+        for heading in ("accuracy", "gain per layer", "decades, layer 1"):
+            table.add_column(heading, justify="right")
+        table.add_column("verdict")
+        for cell, outcomes in cells.items():
+            words = list(dict.fromkeys(o.verdict for o in outcomes))
+            word = outcomes[0].word
+            columns = [
+                _spread([100 * o.accuracy for o in outcomes], 1, " %"),
+                _spread([o.gain_per_layer for o in outcomes], 3),
+                _spread([o.decades for o in outcomes], 1),
+            ]
+            counted = [str(len(outcomes))] if seeds > 1 else []
+            told = Text(f"{GLYPHS[word]} {'; '.join(words)}", style=STYLES[word])
+            table.add_row(*map(escape, cell), *counted, *columns, told)
+        return table
+
+
+def _short(key: str) -> str:
+    group, _, leaf = key.rpartition(".")
+    return group.rpartition(".")[2] if leaf == "name" else leaf
+
+
+def _verdict(word: str, findings: Sequence[Finding]) -> str:
+    """A verdict in half a line: the word, the kind, the cause and its share."""
+    if not findings:
+        return word
+    finding = findings[0]
+    share = finding.evidence.get(f"share_{finding.cause}", math.nan)
+    cause = f" by {finding.cause}" + (f" {share:.0%}" if share == share else "") if finding.kind in FLOWS else ""
+    return f"{word}: {finding.kind}{cause}"
+
+
+FLOWS = ("vanishing", "exploding")
+
+
+def _spread(values: Sequence[float], digits: int, unit: str = "") -> str:
+    """A value; of several the mean and, after ±, their standard deviation."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return _number(values[0], digits)
+    mean = sum(finite) / len(finite)
+    if len(values) == 1:
+        return real(mean, digits) + unit
+    spread = math.sqrt(sum((v - mean) ** 2 for v in finite) / max(len(finite) - 1, 1))
+    short = f" ({len(values) - len(finite)} not finite)" if len(finite) < len(values) else ""
+    return f"{real(mean, digits)} ± {spread:.{digits}f}{unit}{short}"
+
+
+@contextmanager
+def progress(out: Console) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar with loss and time to go while a run trains; nothing where the output is no terminal."""
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task("training", total=None)
+        yield lambda step, total, loss: bar.update(task, total=total, completed=step, description=f"loss {loss:.3f}")
+
+
+def metrics(told: dict[str, Any], out: Console) -> None:
+    """One line of what the run reached."""
+    stopped = f"; {told['stopped']}" if told["stopped"] else ""
+    out.print(
+        f"test accuracy {100 * told['test_accuracy']:.2f} %, training loss {told['train_loss']:.4g} "
+        f"after {told['steps']} steps in {told['seconds']:.1f} s{stopped}"
+    )
