@@ -50,6 +50,7 @@ class Call:
     parents: tuple[Call, ...] = ()
     in_graph: bool = True
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
 
 
 class Recorder:
@@ -97,7 +98,7 @@ class Recorder:
             self._weights_before()
             self._finish("the watching ended before the update")
         elif self._losses:
-            self._send(Sample(self.step, self.layers, [], self._read_losses([])))
+            self._send(Sample(self.step, self.layers, [], self._read([])))
         self._forget()
 
     def add_loss(self, loss: Tensor | float) -> None:
@@ -148,10 +149,9 @@ class Recorder:
             self._counts.clear()
             self._made_by.clear()
 
-    @torch.no_grad()
     def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
-        call.values[f"{tensor}_norm"] = n = statistics.norm(x)
-        call.values[f"{tensor}_rms"] = n / max(x.numel(), 1) ** 0.5 if x.numel() else n * math.nan
+        call.values[f"{tensor}_norm"] = statistics.norm(x)
+        call.sizes[tensor] = x.numel()
 
     def _forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled() or _recomputing() or self._pass >= MOST_PASSES:
@@ -212,12 +212,10 @@ class Recorder:
         def arrived(g: Tensor) -> None:
             self._measure(call, "_entering", g)
             if owner is not None:
-                owner.values["g_a_norm"] = call.values["_entering_norm"]
-                owner.values["g_a_rms"] = call.values["_entering_rms"]
+                owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
 
         x.register_hook(arrived)
 
-    @torch.no_grad()
     def _measure_slope(self, call: Call, rule: type[Activation], kept: Tensor) -> None:
         slope = rule.slope(kept.detach())
         call.values["slope_rms"] = statistics.rms(slope)
@@ -260,7 +258,6 @@ class Recorder:
         if self._handles:
             self._weights_before()
 
-    @torch.no_grad()
     def _weights_before(self, gradients_only: bool = False) -> None:
         for p in {call.weight: None for call in self._calls if call.weight is not None}:
             if p.grad is not None:
@@ -268,7 +265,6 @@ class Recorder:
             if not gradients_only:
                 self._copies[p] = p.detach().clone()
 
-    @torch.no_grad()
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
         missing: list[tuple[Call, str, str]] = []
@@ -295,7 +291,7 @@ class Recorder:
             if "g_W_norm" not in call.values:
                 frozen = not call.weight.requires_grad
                 missing.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
-        losses = self._read_losses([call.values for call in self._calls])
+        losses = self._read([call.values for call in self._calls])
         missing += self._derive()
         self._enter_layers()
         rows = []
@@ -311,17 +307,20 @@ class Recorder:
         for sink in self.sinks:
             sink.write(sample)
 
-    def _read_losses(self, tables: list[dict[str, Tensor | float]]) -> list[tuple[int, float]]:
-        """Replace every () tensor in ``tables`` by its number and return the losses: the step's one host read."""
+    def _read(self, tables: list[dict[str, Tensor | float]]) -> list[tuple[int, float]]:
+        """Replace every () tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
         places = [(table, key) for table in tables for key, value in table.items() if isinstance(value, Tensor)]
         losses = {"loss": dict(enumerate(loss for _, loss in self._losses))}
-        places += [(losses["loss"], i) for i, loss in losses["loss"].items() if isinstance(loss, Tensor)]
+        for i, loss in losses["loss"].items():
+            if isinstance(loss, Tensor):
+                losses["loss"][i] = loss.to(torch.float64).mean()
+                places.append((losses["loss"], i))
         by_device: dict[torch.device, list[tuple[Any, Any]]] = {}
         for table, key in places:
             by_device.setdefault(table[key].device, []).append((table, key))
         for group in by_device.values():
-            stacked = torch.stack([table[key].detach().reshape(()).to(torch.float64) for table, key in group])
-            for (table, key), number in zip(group, stacked.tolist(), strict=True):
+            numbers = torch.stack([table[key] for table, key in group]).tolist()
+            for (table, key), number in zip(group, numbers, strict=True):
                 table[key] = number
         of_step: dict[int, list[float]] = {}
         for (step, _), loss in zip(self._losses, losses["loss"].values(), strict=True):
@@ -338,6 +337,10 @@ class Recorder:
         missing: list[tuple[Call, str, str]] = []
         readers: dict[Call, list[Call]] = {}
         for call in self._calls:
+            for tensor, size in call.sizes.items():
+                call.values[f"{tensor}_rms"] = _ratio(call.values[f"{tensor}_norm"], math.sqrt(size))
+            if "dW_rms" in call.values:
+                call.values["update_ratio"] = _ratio(call.values["dW_rms"], call.values["W_rms"])
             for parent in call.parents:
                 readers.setdefault(parent, []).append(call)
         self._ways = {call: _way(call, readers) for call in self._calls if call.fan_in is not None}

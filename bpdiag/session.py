@@ -78,6 +78,7 @@ class Watch:
         self._log = log
         self._open = lambda: self._begin(model, optimizers, every, planned_steps)
         self._recorder: hooks.Recorder | None = None
+        self._closed, self._final = False, None
 
     def _begin(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], every: int, planned_steps: int | None
@@ -115,10 +116,10 @@ class Watch:
     ) -> None:
         self._running().stop()
         self._writer.close()
+        self._closed = True
         if self._board is not None:
-            trace = self.trace
-            findings = diagnosis.diagnose(trace)
-            diagnosis.write(trace, findings, self._log)
+            findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
+            diagnosis.write(self.trace, findings, self._log)
             self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
             self._board.close()
 
@@ -155,7 +156,9 @@ class Watch:
     def trace(self) -> Trace:
         """All that was measured so far: inside the block a snapshot."""
         self._running()
-        return self._writer.snapshot()
+        if self._closed and self._final is None:
+            self._final = self._writer.snapshot()
+        return self._final if self._closed else self._writer.snapshot()
 
     def _running(self) -> Any:
         if self._recorder is None:

@@ -19,15 +19,16 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+T = TypeVar("T")
 SCHEMA = 1
 KEYS = ("step", "backward", "layer", "call")
 
@@ -209,7 +210,7 @@ class Trace:
     @property
     def sampled_steps(self) -> np.ndarray:
         """(S,) the steps measured, ascending."""
-        return np.unique(self.table["step"].to_numpy())
+        return self.once("steps", lambda: np.unique(self.table["step"].to_numpy()))
 
     @property
     def losses(self) -> tuple[np.ndarray, np.ndarray]:
@@ -222,30 +223,32 @@ class Trace:
 
         Of several forward passes in one step the first is taken.  Where not measured the value is nan.
         """
-        key = ("column", name)
-        if key not in self._cache():
-            rows, lines = self._position()
-            values = np.full((len(self.sampled_steps), len(self.layers)), np.nan)
-            there = np.zeros(values.shape, bool)
-            column = self.table[name].combine_chunks()
-            values[rows[0], rows[1]] = column.take(lines).to_numpy(zero_copy_only=False)
-            there[rows[0], rows[1]] = column.take(lines).is_valid().to_numpy(zero_copy_only=False)
-            self._cache()[key] = (values, there)
-        return self._cache()[key]
+        return self.once(("column", name), lambda: self._column(name))
 
-    def _position(self) -> tuple[tuple[np.ndarray, np.ndarray], pa.Array]:
+    def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        at, rows = self.once("places", self._places)
+        values = np.full((len(self.sampled_steps), len(self.layers)), np.nan)
+        there = np.zeros(values.shape, bool)
+        column = self.table[name].combine_chunks().take(rows)
+        values[at] = column.to_numpy(zero_copy_only=False)
+        there[at] = column.is_valid().to_numpy(zero_copy_only=False)
+        return values, there
+
+    def _places(self) -> tuple[tuple[np.ndarray, np.ndarray], pa.Array]:
         """Where each first-pass row of the table belongs in an (S, L) array, and its number."""
-        if "position" not in self._cache():
-            first = np.flatnonzero(self.table["backward"].to_numpy() == 0)
-            steps = np.searchsorted(self.sampled_steps, self.table["step"].to_numpy()[first])
-            index = {(layer.name, layer.call): i for i, layer in enumerate(self.layers)}
-            names, calls = self.table["layer"].take(pa.array(first)).to_pylist(), self.table["call"].to_numpy()[first]
-            lines = np.array([index[name, int(call)] for name, call in zip(names, calls, strict=True)], int)
-            self._cache()["position"] = (steps, lines), pa.array(first)
-        return self._cache()["position"]
+        first = np.flatnonzero(self.table["backward"].to_numpy() == 0)
+        steps = np.searchsorted(self.sampled_steps, self.table["step"].to_numpy()[first])
+        index = {(layer.name, layer.call): i for i, layer in enumerate(self.layers)}
+        names, calls = self.table["layer"].take(pa.array(first)).to_pylist(), self.table["call"].to_numpy()[first]
+        lines = np.array([index[name, int(call)] for name, call in zip(names, calls, strict=True)], int)
+        return (steps, lines), pa.array(first)
 
-    def _cache(self) -> dict[Any, Any]:
-        return self.__dict__.setdefault("_cached", {})
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """``compute()``, remembered under ``key``: a trace does not change."""
+        kept = self.__dict__.setdefault("_once", {})
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]
 
     def weight_layers(self) -> list[int]:
         """Indices of the weight layers in execution order: layer 1, ..., layer L."""

@@ -57,6 +57,10 @@ class Profile:
 
 def profile(trace: Trace) -> Profile:
     """The numbers that judging needs, from the columns of a trace."""
+    return trace.once("profile", lambda: _profile(trace))
+
+
+def _profile(trace: Trace) -> Profile:
     lines = [i for i in trace.weight_layers() if trace.column("g_z_norm")[1][:, i].any()]
     steps = trace.sampled_steps
     pick = lambda name: trace.column(name)[0][:, lines]  # noqa: E731

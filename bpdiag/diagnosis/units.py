@@ -28,14 +28,15 @@ def dead_units(p: Profile) -> Iterator[Finding]:
     for at, i, j in _activations(p, there):
         layer, carrier = p.trace.layers[i], p.trace.layers[j]
         batch = (layer.shape[0] if layer.shape else 1) * max(carrier.window, 1)
-        chance = np.array([dead_by_chance(c, batch) for c in cosine[:, i]])
-        units = layer.units or 1
-        beyond = there[:, j] & p.finite & (dead[:, j] > chance + 3 * np.sqrt(chance * (1 - chance) / units))
-        most = beyond & (dead[:, j] > MOST)
         size = np.nan_to_num(p.ledger["slopes"][:, at] + math.log10(carrier.r or 1), nan=0.0)
-        blocked = vanishing[:, : at + 1].any(1) & ((size < SQUISHED) | most)
-        told = verdict(p, (beyond & blocked) | (most & p.plateau))
-        if told is None and (told := verdict(p, most & ~p.converged)):
+        most = there[:, j] & p.finite & (dead[:, j] > MOST)
+        blocked = there[:, j] & vanishing[:, : at + 1].any(1) & ((size < SQUISHED) | most)
+        chance = np.zeros(len(p.steps))
+        for s in np.flatnonzero(most | blocked):
+            chance[s] = dead_by_chance(cosine[s, i], batch)
+        beyond = dead[:, j] > chance + 3 * np.sqrt(chance * (1 - chance) / (layer.units or 1))
+        told = verdict(p, beyond & (blocked | (most & p.plateau)))
+        if told is None and (told := verdict(p, beyond & most & ~p.converged)):
             told = ("warning", *told[1:])
         if told is None:
             continue
