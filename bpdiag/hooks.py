@@ -354,6 +354,7 @@ class Recorder:
             if own not in call.values:
                 reason = "no gradient came back" if call.in_graph else "outside the graph: nothing below it is trained"
                 missing.append((call, own, reason))
+        below = _weights_below(self._calls)
         for call, (way, child, why) in self._ways.items():
             below = [p for p in call.parents if p.fan_in is not None] or _weights_below(call)
             feed = (
@@ -486,17 +487,15 @@ def _way(call: Call, readers: dict[Call, list[Call]]) -> tuple[tuple[Call, ...],
         way.append(call)
 
 
-def _weights_below(call: Call) -> list[Call]:
-    """The nearest weight layers below a call, over calls that have no weight matrix."""
-    found: dict[Call, None] = {}
-    stack = list(call.parents)
-    while stack:
-        below = stack.pop()
-        if below.fan_in is not None:
-            found[below] = None
-        else:
-            stack += below.parents
-    return list(found)
+def _weights_below(calls: Sequence[Call]) -> dict[Call, list[Call]]:
+    """The nearest weight layers below each call, over calls that have none; two at the most: more say no more."""
+    below: dict[Call, list[Call]] = {}
+    for call in calls:  # in execution order, so that parents come first
+        nearest: dict[Call, None] = {}
+        for parent in call.parents:
+            nearest |= dict.fromkeys([parent] if parent.fan_in is not None else below[parent])
+        below[call] = list(nearest)[:2]
+    return below
 
 
 def _ratio(a: Any, b: Any) -> float:

@@ -129,7 +129,7 @@ def findings_text(findings: Sequence[Finding], healthy: str) -> Text:
         word = diagnosis.verdict([finding])
         text.append(f"{GLYPHS[word]} {finding.sentence}\n", style=STYLES[word])
         where = _span(finding.layers)
-        text.append(f"  {finding.kind} by {finding.cause}", style="bold")
+        text.append(f"{finding.kind} by {finding.cause}", style="bold")
         text.append(f" ({finding.severity}), from step {finding.onset_step}" + (f", {where}.\n" if where else ".\n"))
         if finding.why:
             text.append(f"  {finding.why}\n")
@@ -247,7 +247,7 @@ class Grid:
             table.add_column("seeds", justify="right")
         for heading in ("accuracy", "gain per layer", "decades, layer 1"):
             table.add_column(heading, justify="right")
-        table.add_column("verdict")
+        table.add_column("verdict", no_wrap=True)
         for cell, outcomes in cells.items():
             words = list(dict.fromkeys(o.verdict for o in outcomes))
             word = outcomes[0].word
@@ -268,13 +268,13 @@ def _short(key: str) -> str:
 
 
 def _verdict(word: str, findings: Sequence[Finding]) -> str:
-    """A verdict in half a line: the word, the kind, the cause and its share."""
+    """A verdict in half a line: lives, or the kind, the cause and its share."""
     if not findings:
         return word
     finding = findings[0]
     share = finding.evidence.get(f"share_{finding.cause}", math.nan)
-    cause = f" by {finding.cause}" + (f" {share:.0%}" if share == share else "") if finding.kind in FLOWS else ""
-    return f"{word}: {finding.kind}{cause}"
+    cause = f" by {finding.cause}" + (f" {_percent(share)}" if share == share else "") if finding.kind in FLOWS else ""
+    return f"{finding.kind}{cause}" + (" (passed)" if word == "weakened" else "")
 
 
 FLOWS = ("vanishing", "exploding")
