@@ -356,10 +356,9 @@ class Recorder:
                 missing.append((call, own, reason))
         below = _weights_below(self._calls)
         for call, (way, child, why) in self._ways.items():
-            below = [p for p in call.parents if p.fan_in is not None] or _weights_below(call)
-            feed = (
-                call.values.get("x_rms") if not call.parents else below[0].values["z_rms"] if len(below) == 1 else None
-            )
+            feed = call.values.get("x_rms") if not call.parents else None
+            if len(below[call]) == 1:
+                feed = below[call][0].values["z_rms"]
             if feed is not None:
                 call.values["forward_gain"] = _ratio(call.values["z_rms"], feed)
             if "g_z_norm" not in call.values:
