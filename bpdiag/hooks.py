@@ -199,15 +199,13 @@ class Recorder:
             return
         if not x.requires_grad or (x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._made_by):
             return  # what arrives here is the cotangent of a watched output, seen there
-        owner = call.parents[0] if len(call.parents) == 1 and call.parents[0].tensor == "z" else None
-        if owner is not None and "a_norm" not in owner.values:
-            self._measure(owner, "a", x)
-            rule = _rule_that_made(x)
-            if rule is not None:
-                owner.rule = rule
-                self._measure_slope(owner, rule, x)
-        else:
+        owner, rule = call.parents[0], _rule_that_made(x)
+        if rule is None or len(call.parents) > 1 or owner.tensor != "z" or "a_norm" in owner.values:
             owner = None
+        else:
+            owner.rule = rule
+            self._measure(owner, "a", x)
+            self._measure_slope(owner, rule, x)
 
         def arrived(g: Tensor) -> None:
             self._measure(call, "_entering", g)

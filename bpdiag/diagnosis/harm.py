@@ -25,6 +25,10 @@ def harm(p: Profile) -> tuple[np.ndarray, np.ndarray]:
 
     Too much is D > log10 T (SGD, or any optimizer on a plateau): the rate that the lowest layer stands starves the top.
     """
+    return p.trace.once("harm", lambda: _harm(p))
+
+
+def _harm(p: Profile) -> tuple[np.ndarray, np.ndarray]:
     limit = math.log10(p.planned)
     low, open_ = p.decades < -LUCK, ~p.converged[:, None] & p.finite[:, None]
     with warnings.catch_warnings():

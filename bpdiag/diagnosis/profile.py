@@ -152,8 +152,8 @@ def _finite(trace: Trace) -> np.ndarray:
 def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
 
-    Converged: below a tenth of its first value or of ln K, K the outputs.  A plateau: it fell by under 2 % of its first
-    value in the second half of the steps so far (20 at least) and is above half of what guessing costs.
+    Converged: below a tenth of its first value or of ln K, K the outputs.  A plateau, of 20 steps at least: within a
+    tenth of what guessing costs, or above half of it and fallen by under 2 % of its first value in the second half.
     """
     steps, losses = trace.losses
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
@@ -171,6 +171,7 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.
     now, half_way = mean_to(count, width), mean_to(count // 2, width)
     first, guessing = losses[0], math.log(max(trace.layers[lines[-1]].units or 1, 1))
     converged = (count > 0) & (now < CONVERGED * max(first, guessing))
-    stands = 0.5 * (min(first, guessing) if guessing > 0 else first)
-    plateau = (count >= 20) & (half_way - now < FLAT * first) & (now > stands)
+    stands = min(first, guessing) if guessing > 0 else first
+    flat = (half_way - now < FLAT * stands) & (now > stands / 2)
+    plateau = (count >= 20) & (flat | (now > (1 - CONVERGED) * stands))
     return np.where(count > 0, now, np.nan), converged, plateau

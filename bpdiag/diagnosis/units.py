@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,52 +23,85 @@ def dead_units(p: Profile) -> Iterator[Finding]:
     Chance alone silences p(c, B) of the units when samples look alike (cosine c): that many are no fault, see
     ``dead_by_chance``.  A warning, not harm, where most units of a layer are dead and the net learns all the same.
     """
-    dead, there = p.trace.column("a_dead_fraction")
-    cosine, _ = p.trace.column("z_cosine")
-    vanishing, _ = harm(p)
-    for at, i, j in _activations(p, there):
-        layer, carrier = p.trace.layers[i], p.trace.layers[j]
-        batch = (layer.shape[0] if layer.shape else 1) * max(carrier.window, 1)
-        size = np.nan_to_num(p.ledger["slopes"][:, at] + math.log10(carrier.r or 1), nan=0.0)
-        most = there[:, j] & p.finite & (dead[:, j] > MOST)
-        blocked = there[:, j] & vanishing[:, : at + 1].any(1) & ((size < SQUISHED) | most)
-        chance = np.zeros(len(p.steps))
-        for s in np.flatnonzero(most | blocked):
-            chance[s] = dead_by_chance(cosine[s, i], batch)
-        beyond = dead[:, j] > chance + 3 * np.sqrt(chance * (1 - chance) / (layer.units or 1))
-        told = verdict(p, beyond & (blocked | (most & p.plateau)))
-        if told is None and (told := verdict(p, beyond & most & ~p.converged)):
-            told = ("warning", *told[1:])
-        if told is None:
-            continue
-        severity, quote, onset, confidence = told
-        share, by_chance = float(np.median(dead[quote, j])), float(np.median(chance[quote]))
-        name = carrier.key.removesuffix("#0")
-        yield Finding(
-            kind="dead_units",
-            severity=severity,
-            layers=(carrier.key,),
-            onset_step=onset,
-            cause="every sample falls where the activation is flat",
-            evidence={
-                "dead_fraction": share,
-                "dead_by_chance": by_chance,
-                "batches": float(carrier.window),
-                "update_ratio_first": float(p.trace.column("update_ratio")[0][0, i]),
-                "loss": float(p.losses[quote[-1]]),
-            },
-            confidence=confidence,
-            remedy="begin anew with a learning rate ten times lower (units die of steps too large), or with leaky_relu",
-            expected=f"dead share of {name} from {share:.0%} to {by_chance:.1%} or less",
-            source="ours: chance level from Gaussian preactivations of cosine c",
-            sentence=f"{share:.0%} of the units of {name} are dead: no sample of {carrier.window} batches wakes them.",
-            why=f"Chance alone would silence {by_chance:.1%}.",
-        )
+    judged = [case for place in _activations(p) if (case := _judge(p, *place)) is not None]
+    if not judged:
+        return
+    worst = max(judged, key=lambda case: (case.severity == "harm", case.dead))
+    alike = [case for case in judged if case.severity == worst.severity]
+    name, batches = worst.key.removesuffix("#0"), p.trace.layers[worst.line].window
+    others = f", and many of {len(alike) - 1} more layers" if len(alike) > 1 else ""
+    yield Finding(
+        kind="dead_units",
+        severity=worst.severity,
+        layers=tuple(case.key for case in alike),
+        onset_step=min(case.onset for case in alike),
+        cause="every sample falls where the activation is flat",
+        evidence={
+            "dead_fraction": worst.dead,
+            "dead_by_chance": worst.chance,
+            "batches": float(batches),
+            "update_ratio_first": worst.first_update,
+            "loss": worst.loss,
+        },
+        confidence=worst.confidence,
+        remedy="begin anew with a learning rate ten times lower (units die of steps too large), or with leaky_relu",
+        expected=f"dead share of {name} from {worst.dead:.0%} to {worst.chance:.1%} or less",
+        source="ours: chance level from Gaussian preactivations of cosine c",
+        sentence=f"{worst.dead:.0%} of the units of {name} are dead{others}: no sample of {batches} batches wakes them.",
+        why=f"Chance alone would silence {worst.chance:.1%}.",
+    )
 
 
-def _activations(p: Profile, there: np.ndarray) -> Iterator[tuple[int, int, int]]:
+@dataclass(frozen=True)
+class _Case:
+    """Dead units of one activation."""
+
+    line: int
+    key: str
+    severity: str
+    onset: int
+    confidence: float
+    dead: float
+    chance: float
+    first_update: float
+    loss: float
+
+
+def _judge(p: Profile, at: int, i: int, j: int) -> _Case | None:
+    """The activation on line ``j`` that weight layer number ``at`` on line ``i`` feeds; None where it is well."""
+    layer, carrier = p.trace.layers[i], p.trace.layers[j]
+    dead, there = (column[:, j] for column in p.trace.column("a_dead_fraction"))
+    cosine = p.trace.column("z_cosine")[0][:, i]
+    size = np.nan_to_num(p.ledger["slopes"][:, at] + math.log10(carrier.r or 1), nan=0.0)
+    most = there & p.finite & (dead > MOST)
+    blocked = there & harm(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | most)
+    batch = (layer.shape[0] if layer.shape else 1) * max(carrier.window, 1)
+    chance = np.zeros(len(p.steps))
+    for s in np.flatnonzero(most | blocked):
+        chance[s] = dead_by_chance(cosine[s], batch)
+    beyond = dead > chance + 3 * np.sqrt(chance * (1 - chance) / (layer.units or 1))
+    told = verdict(p, beyond & (blocked | (most & p.plateau)))
+    if told is None and (told := verdict(p, beyond & most & ~p.converged)):
+        told = ("warning", *told[1:])
+    if told is None:
+        return None
+    severity, quote, onset, confidence = told
+    return _Case(
+        line=j,
+        key=carrier.key,
+        severity=severity,
+        onset=onset,
+        confidence=confidence,
+        dead=float(np.median(dead[quote])),
+        chance=float(np.median(chance[quote])),
+        first_update=float(p.trace.column("update_ratio")[0][0, i]),
+        loss=float(p.losses[quote[-1]]),
+    )
+
+
+def _activations(p: Profile) -> Iterator[tuple[int, int, int]]:
     """(number of the weight layer, its line, the line of the activation it feeds), where dead units were counted."""
-    layers = p.trace.layers
+    layers, there = p.trace.layers, p.trace.column("a_dead_fraction")[1]
     for at, i in enumerate(p.lines):
         fed = [j for j, layer in enumerate(layers) if i in layer.parents] if layers[i].next is None else layers[i].via
         for j in dict.fromkeys((i, *fed)):
