@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -46,9 +47,11 @@ BAR = 24  # cells of the widest bar
 
 
 def console(stderr: bool = False) -> Console:
-    """Standard output (or error); 100 columns where the width is not known."""
-    width = None if os.environ.get("COLUMNS") or Console().is_terminal else 110
-    return Console(stderr=stderr, highlight=False, width=width, soft_wrap=False)
+    """Standard output (or error); 110 columns where it is no terminal and says no width."""
+    out = Console(stderr=stderr, highlight=False)
+    if not out.is_terminal and not os.environ.get("COLUMNS"):
+        out = Console(stderr=stderr, highlight=False, width=110)
+    return out
 
 
 def layer_table(p: Profile, at: int) -> Table:
@@ -120,22 +123,20 @@ def _percent(x: float) -> str:
     return "<1 %" if 0 < x < 0.005 else f"{x:.0%}".replace("%", " %")
 
 
-def findings_text(findings: Sequence[Finding], healthy: str) -> Text:
-    """The findings in words, each with its evidence and remedy; or what is said of a healthy net."""
+def findings_text(findings: Sequence[Finding], healthy: str) -> Group:
+    """The findings in words, each with its cause and remedy; or what is said of a healthy net."""
     if not findings:
-        return Text(f"● {healthy}")
-    text = Text()
+        return Group(Text(f"● {healthy}"))
+    told: list[Any] = []
     for finding in findings:
-        word = diagnosis.verdict([finding])
-        text.append(f"{GLYPHS[word]} {finding.sentence}\n", style=STYLES[word])
-        where = _span(finding.layers)
-        text.append(f"{finding.kind} by {finding.cause}", style="bold")
-        text.append(f" ({finding.severity}), from step {finding.onset_step}" + (f", {where}.\n" if where else ".\n"))
-        if finding.why:
-            text.append(f"  {finding.why}\n")
-        text.append(f"  Remedy: {finding.remedy}.\n  Expected: {finding.expected}.\n")
-    text.rstrip()
-    return text
+        word, where = diagnosis.verdict([finding]), _span(finding.layers)
+        told.append(Text(f"{GLYPHS[word]} {finding.sentence}", style=STYLES[word]))
+        body = Text(f"{finding.kind} by {finding.cause}", style="bold")
+        body.append(f" ({finding.severity}), from step {finding.onset_step}", style="not bold")
+        body.append(f", {where}." if where else ".", style="not bold")
+        lines = [finding.why, f"Remedy: {finding.remedy}.", f"Expected: {finding.expected}."]
+        told += [Padding(part, (0, 0, 0, 2)) for part in (body, *(Text(line) for line in lines if line))]
+    return Group(*told)
 
 
 def _span(layers: Sequence[str]) -> str:

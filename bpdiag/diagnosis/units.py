@@ -47,7 +47,7 @@ def dead_units(p: Profile) -> Iterator[Finding]:
         remedy="begin anew with a learning rate ten times lower (units die of steps too large), or with leaky_relu",
         expected=f"dead share of {name} from {worst.dead:.0%} to {worst.chance:.1%} or less",
         source="ours: chance level from Gaussian preactivations of cosine c",
-        sentence=f"{worst.dead:.0%} of the units of {name} are dead{others}: no sample of {batches} batches wakes them.",
+        sentence=f"{worst.dead:.0%} of {name}'s units are dead{others}: no sample of {batches} batches wakes them.",
         why=f"Chance alone would silence {worst.chance:.1%}.",
     )
 
