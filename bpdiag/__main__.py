@@ -211,7 +211,7 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
         parser = OverridesParser.create()
         parsed = parser.parse_overrides(overrides)
         for override in parsed:
-            _check_key(override)
+            _check_key(override, config_dir)
         fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
         if config_dir is not None:
             fixed.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
@@ -238,7 +238,7 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
                 raise UsageError(f"{error}{where}") from error
 
 
-def _check_key(override: Any) -> None:
+def _check_key(override: Any, config_dir: str | None) -> None:
     """The key of an override is one we know, and so is the value where it names a file of a group."""
     from hydra.core.global_hydra import GlobalHydra
 
@@ -250,7 +250,8 @@ def _check_key(override: Any) -> None:
         raise UsageError(f"{override.input_line}: no key can be taken away; give it a value")
     groups = [group for group in loader.list_groups("") if group != "hydra"]
     if key in groups and not override.is_sweep_override() and override.value() is not None:
-        choose(key, str(override.value()), loader.get_group_options(key))
+        theirs = [path.stem for path in (Path(config_dir) / key).glob("*.yaml")] if config_dir else []
+        choose(key, str(override.value()), [*loader.get_group_options(key), *theirs])
     elif key not in known and key not in groups and not any(k.startswith(f"{key}.") for k in known):
         raise UsageError(f"{key}: unknown key; {nearest(key, [*known, *groups])}")
 

@@ -97,6 +97,9 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+MANY = 12  # names that are listed although one is near
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message: what is known and, if one is near, what was probably meant.
 
@@ -109,8 +112,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not close:  # model.depht is near model.depth; so is a bare depht
         leaves = {n.rpartition(".")[2]: n for n in reversed(names)}
         close = [leaves[n] for n in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.6)]
-    listed = ", ".join(names) if len(names) <= 24 else f"{len(names)} names"
-    return f"known: {listed}" + (f"; did you mean '{close[0]}'?" if close else "")
+    if close and len(names) > MANY:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(names)}" + (f"; did you mean '{close[0]}'?" if close else "")
 
 
 def choose(key: str, value: str, table: Iterable[str]) -> str:

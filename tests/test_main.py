@@ -1,0 +1,214 @@
+"""The command line as its users meet it: mostly in this process, twice as a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from bpdiag.__main__ import conf, main
+from bpdiag.trace import Trace
+
+QUICK = ["model.depth=3", "model.width=8", "training.steps=4", "watch.every=2"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    yield
+    GlobalHydra.instance().clear()
+
+
+def runs() -> list[Path]:
+    return sorted(p.parent for p in Path().rglob("findings.json"))
+
+
+def test_a_run_ends_in_words(capsys):
+    assert main([*QUICK, "model.activation=sigmoid", "model.depth=10", "model.weight_variance=torch"]) == 0
+    out = capsys.readouterr().out
+    for words in ("linear10", "linear1 ", "gain per hidden layer: 0.1", "▼ The gradient dies", "vanishing by slopes"):
+        assert words in out
+    (run,) = runs()
+    assert f"tensorboard --logdir {run}" in out
+    assert json.loads((run / "findings.json").read_text())["findings"][0]["cause"] == "slopes"
+    assert (run / ".hydra" / "overrides.yaml").exists()
+    assert run.parent == Path("runs/mnist")
+
+
+def test_a_healthy_run_is_told_so(capsys):
+    assert main(QUICK) == 0
+    assert "● The gradient lives" in capsys.readouterr().out
+
+
+def test_a_multirun_streams_and_ends_in_one_table(capsys):
+    assert main(["-m", *QUICK, "model.activation=relu,tanh", "seed=0,1"]) == 0
+    out = capsys.readouterr().out
+    assert [line[:3] for line in out.splitlines() if line[1:2] == "/"] == ["1/4", "2/4", "3/4", "4/4"]
+    table = out[out.index("seeds") :]
+    assert "±" in table
+    assert table.count("relu") == 1  # two seeds of one cell are one line
+    names = sorted(run.name for run in runs())
+    assert names[0].startswith("depth=3,width=8,steps=4,every=2,activation=relu,seed=0")
+    assert len(names) == 4
+
+
+def test_the_experiment_is_the_grid(capsys):
+    assert main(["experiment=vanishing", *QUICK[1:], "model.depth=2,4"]) == 0
+    assert "12 of 12 jobs" in capsys.readouterr().out
+    assert {r.parent.parent.name for r in runs()} == {"vanishing"}
+
+
+def test_hydra_mode_run_runs_one():
+    assert main(["experiment=vanishing", "hydra.mode=RUN", *QUICK]) == 0
+    assert len(runs()) == 1
+
+
+def test_a_failing_job_is_told_at_once_and_stops_no_other(capsys, monkeypatch):
+    from bpdiag import training
+
+    whole = training.train
+
+    def fails_for_tanh(config, folder=None, progress=None):
+        if config.model.activation == "tanh":
+            raise MemoryError("no room")
+        return whole(config, folder, progress)
+
+    monkeypatch.setattr(training, "train", fails_for_tanh)
+    assert main(["-m", *QUICK, "model.activation=relu,tanh,sigmoid"]) == 1
+    told = capsys.readouterr()
+    assert "2/3  tanh  FAILED: MemoryError: no room" in told.err
+    assert "3/3  sigmoid" in told.out
+    assert "Traceback" not in told.err
+    assert len(runs()) == 2
+
+
+def test_an_interrupted_run_exits_130_and_is_kept(capsys, monkeypatch):
+    from bpdiag import session
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.Watch, "steps", property(interrupt))
+    assert main(QUICK) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+BAD = [
+    (["model.activation=thanh"], "did you mean 'tanh'"),
+    (["model.dpth=3"], "did you mean 'model.depth'"),
+    (["depth=3"], "did you mean 'model.depth'"),
+    (["+foo=1"], "foo: unknown key"),
+    (["++foo.bar=1"], "foo.bar: unknown key"),
+    (["seed=1", "~model.depth"], "no key can be taken away"),
+    (["model.depth=0"], "model.depth=0: must be from 1"),
+    (["model.depth=5.5"], "could not be converted to Integer"),
+    (["model.depth=null"], "model.depth"),
+    (["model.width=-1"], "model.width=-1"),
+    (["optimizer.lr=nan"], "optimizer.lr=nan"),
+    (["optimizer.lr=inf"], "optimizer.lr=inf"),
+    (["optimizer.lr=abc"], "could not be converted to Float"),
+    (["optimizer.momentum=1.5"], "optimizer.momentum=1.5: must be from 0 to 1"),
+    (["data.batch_size=1000000"], "55000 samples"),
+    (["data.name=mnits"], "did you mean 'mnist'"),
+    (["data.root=/nonsuch"], "no such folder"),
+    (["training.device=abacus"], "training.device=abacus"),
+    (["experiment=vanish"], "did you mean 'vanishing'"),
+    (["model.depth=5,10"], "add -m"),
+    (["-m", "model.depth=5,0"], "job model.depth=0"),
+    (["-m", "experiment=vanishing", "model.depth=5,x"], "could not be converted"),
+    (["model={depth:3,foo:1}"], "foo"),
+    (["'model.depth=[1'"], "model.depth"),
+    (["hydra.launcher.nonsuch=1"], "nonsuch"),
+    (["nonsense"], "unknown command"),
+    (["diagnoze", "x"], "did you mean 'diagnose'"),
+    (["diagnose", "nowhere"], "no such folder"),
+    (["diagnose", "."], "no trace here"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_gets_one_clear_message_and_exit_2_and_leaves_nothing(arguments, message, capsys):
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert "Traceback" not in told.err + told.out
+    assert len(told.err.splitlines()) <= 6
+    assert list(Path().iterdir()) == []
+
+
+def test_a_corrupt_data_file_is_named(tmp_path, capsys):
+    raw = tmp_path / "digits" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"\0" * 1000)
+    assert main([f"data.root={tmp_path / 'digits'}"]) == 2
+    assert "train-images-idx3-ubyte is damaged or not MNIST: 1000 bytes" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_used_folder_is_refused_and_untouched(capsys):
+    assert main([*QUICK, "hydra.run.dir=here"]) == 0
+    kept = Path("here/metrics.json").read_bytes()
+    assert main([*QUICK, "hydra.run.dir=here"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert Path("here/metrics.json").read_bytes() == kept
+
+
+def test_stored_runs_are_judged_again_without_torch(capsys):
+    assert main([*QUICK, "model.activation=sigmoid", "model.depth=8"]) == 0
+    (run,) = runs()
+    capsys.readouterr()
+    probe = (
+        "import sys; from bpdiag.__main__ import main; "
+        f"code = main(['diagnose', {str(run)!r}]); sys.exit(code or 3 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "The gradient dies" in done.stdout
+    assert main(["diagnose", "runs", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["run"] == str(run)
+    assert told["findings"][0]["kind"] == "vanishing"
+
+
+def test_a_users_own_experiments_are_found(tmp_path):
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "deep.yaml").write_text("# @package _global_\nmodel:\n  depth: 7\n")
+    assert main(["--config-dir", str(tmp_path / "mine"), "experiment=deep", *QUICK[1:]]) == 0
+    (run,) = runs()
+    assert len(Trace.load(run).weight_layers()) == 7
+
+
+def test_help_and_version_are_quick_to_say(capsys):
+    assert main(["--help"]) == 0
+    assert "model.depth=5" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("bpdiag 0.")
+    probe = "import sys; from bpdiag.__main__ import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False).returncode == 0
+
+
+def test_hydra_shows_its_configuration(capsys):
+    assert main(["--cfg", "job", "model.depth=9"]) == 0
+    assert "depth: 9" in capsys.readouterr().out
+
+
+def test_conf_lies_beside_the_package():
+    assert (conf() / "config.yaml").is_file()
+
+
+def test_the_program_runs_as_a_module(tmp_path):
+    arguments = [sys.executable, "-W", "error::FutureWarning", "-m", "bpdiag", *QUICK]
+    env = os.environ | {"NO_COLOR": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert torch.load(runs()[0] / "model.pt", weights_only=True)["config"]["model"]["width"] == 8

@@ -1,0 +1,70 @@
+"""The README's commands run, its Python prints what it should, its keys and files exist."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from bpdiag.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    GlobalHydra.instance().clear()
+
+
+def test_the_commands_run_in_their_order(capsys):
+    ours = [c[1:] for c in commands() if c[0] == "bpdiag"]
+    assert len(ours) >= 5
+    for arguments in ours:
+        quick = [] if arguments[0] in ("diagnose", "--help") else ["training.steps=2", "model.width=8"]
+        assert main([*arguments, *quick]) == 0, arguments
+    assert "Keys and their defaults" in capsys.readouterr().out
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {c[1] for c in commands() if c[0] == "make"} | set(re.findall(r"`make (\w+)`", README))
+    assert targets >= {"demo", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    assert "bpdiag experiment=vanishing" in makefile
+
+
+@pytest.mark.parametrize(
+    ("block", "printed"), list(zip(blocks("python"), ["", "tensor([0.4200, 0.7864, 0.0707])"], strict=True))
+)
+def test_the_python_runs(block, printed):
+    out = io.StringIO()
+    with redirect_stdout(out):
+        exec(compile(block, "README.md", "exec"), {})
+    assert printed in out.getvalue()
+    assert out.getvalue()
+
+
+def test_the_files_it_names_exist():
+    for name in re.findall(r"`(bpdiag/[\w/.]+|conf/|runs/)`", README) + re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_ci_runs_the_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from bpdiag import data, training
+from bpdiag.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, UsageError, WatchConfig
+from bpdiag.trace import Trace, TraceError
+
+
+def small(steps=12, **options):
+    model = ModelConfig(**{"depth": 3, "width": 16, **options})
+    return Config(model=model, training=TrainingConfig(steps=steps), watch=WatchConfig(every=4))
+
+
+def weights(result):
+    return torch.cat([p.detach().reshape(-1) for p in result.model.parameters()])
+
+
+def test_the_seed_decides_everything():
+    a, b = training.train(small()), training.train(small())
+    assert torch.equal(weights(a), weights(b))
+    assert a.trace.table.equals(b.trace.table)
+    c = training.train(dataclasses.replace(small(), seed=1))
+    assert not torch.equal(weights(a), weights(c))
+
+
+def test_by_hand_and_by_torch_train_alike():
+    a, b = training.train(small()), training.train(small(backward="autograd"))
+    torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_a_plain_loop_over_the_same_batches():
+    config = small(steps=3)
+    result = training.train(config)
+    split = data.load(config.data).train
+    net = training.model.build(config.model, 784, 10, config.seed)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    for rows in training.batches(config, len(split), 3, torch.device("cpu")):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(split.x[rows]), split.y[rows]).backward()
+        optimizer.step()
+    plain = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    torch.testing.assert_close(weights(result), plain, rtol=1e-5, atol=1e-7)
+
+
+def test_an_epoch_shows_every_sample_once():
+    config = Config(data=DataConfig(batch_size=7_000), training=TrainingConfig(epochs=2))
+    rows = list(training.batches(config, 55_000, math.inf, torch.device("cpu")))
+    assert [len(r) for r in rows] == [7_000] * 7 + [6_000] + [7_000] * 7 + [6_000]
+    first, second = torch.cat(rows[:8]), torch.cat(rows[8:])
+    assert torch.equal(first.sort().values, torch.arange(55_000))
+    assert not torch.equal(first, second)
+
+
+def test_the_run_folder_holds_what_it_promises(tmp_path):
+    result = training.train(small(), tmp_path / "run")
+    names = {p.name.split(".")[0] for p in (tmp_path / "run").iterdir()}
+    assert names == {"trace", "summary", "findings", "metrics", "model", "events"}
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics.keys() >= {"test_accuracy", "train_loss", "steps", "seconds"}
+    assert metrics["steps"] == 12
+    assert Trace.load(tmp_path / "run").table.equals(result.trace.table)
+    kept = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert all(torch.equal(v, result.model.state_dict()[k]) for k, v in kept["state_dict"].items())
+    assert kept["config"]["model"]["depth"] == 3
+
+
+def test_a_folder_is_used_once(tmp_path):
+    training.train(small(steps=1), tmp_path)
+    kept = (tmp_path / "metrics.json").read_bytes()
+    with pytest.raises(TraceError, match="already holds a run"):
+        training.train(small(steps=1), tmp_path)
+    assert (tmp_path / "metrics.json").read_bytes() == kept
+
+
+def test_it_learns():
+    config = Config(training=TrainingConfig(steps=300))
+    assert training.train(config).metrics["test_accuracy"] > 0.88
+
+
+def test_adam_learns_too():
+    config = Config(optimizer=OptimizerConfig(name="adam", lr=1e-3), training=TrainingConfig(steps=200))
+    assert training.train(config).metrics["test_accuracy"] > 0.88
+
+
+def test_a_run_that_goes_not_finite_is_stopped_kept_and_judged(tmp_path):
+    config = dataclasses.replace(small(steps=100, activation="identity"), optimizer=OptimizerConfig(lr=1e3))
+    result = training.train(config, tmp_path / "run")
+    assert result.metrics["steps"] < 100
+    assert "not finite" in result.metrics["stopped"]
+    assert result.findings[0].kind == "non_finite"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"] == "not finite"
+
+
+def test_an_interrupt_keeps_what_there_is(tmp_path):
+    def stop(step, total, loss):
+        if step > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small(steps=50), tmp_path / "run", progress=stop)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["stopped"] == "interrupted"
+    assert list(Trace.load(tmp_path / "run").sampled_steps) == [0, 4, 8]
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_denormals_and_threads_are_restored(before):
+    tiny = torch.full((1,), 1e-40)
+    torch.set_flush_denormal(before)
+    count = torch.get_num_threads()
+    try:
+        with training.flushed_denormals(), training.threads(1):
+            assert (tiny * 1).item() == 0
+            assert torch.get_num_threads() == 1
+        assert ((tiny * 1).item() == 0) is before
+        assert torch.get_num_threads() == count
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": DataConfig(batch_size=60_000)}, "the training split has 55000 samples"),
+        ({"training": TrainingConfig(device="abacus")}, "training.device=abacus"),
+        ({"training": TrainingConfig(dtype="float3")}, "training.dtype=float3: unknown"),
+        ({"optimizer": OptimizerConfig(name="sdg")}, "did you mean 'sgd'"),
+        ({"optimizer": OptimizerConfig(lr=math.nan)}, "optimizer.lr=nan"),
+        ({"data": DataConfig(root="/nonsuch")}, "no such folder"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(UsageError, match=message):
+        training.train(Config(**change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_step_at_all_is_no_error():
+    result = training.train(Config(training=TrainingConfig(epochs=0)))
+    assert result.metrics["steps"] == 0
+    assert result.findings == []
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight_variance", "depth", "gain", "cause"),
+    [("sigmoid", "torch", 10, 0.141, "slopes"), ("relu", "torch", 20, 0.408, "weights"), ("relu", "he", 20, 1.0, None)],
+)
+def test_gain_and_cause_at_the_first_step_are_the_theorys(activation, weight_variance, depth, gain, cause):
+    """Mean field at finite depth, maths of sigma_w^2 E phi'^2; and what the harm rule says of it after a few steps."""
+    model = ModelConfig(activation=activation, weight_variance=weight_variance, depth=depth)
+    result = training.train(Config(model=model, training=TrainingConfig(steps=3), watch=WatchConfig(every=1)))
+    gains = result.trace.column("backward_gain")[0][0, result.trace.weight_layers()][:-2]
+    assert math.exp(sum(map(math.log, gains)) / len(gains)) == pytest.approx(gain, rel=0.05)
+    assert [f.cause for f in result.findings] == ([cause] if cause else [])
