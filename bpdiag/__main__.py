@@ -100,9 +100,10 @@ def _diagnose(arguments: list[str]) -> int:
         return 0
     out = terminal.console()
     for run, trace in traces:
-        if len(traces) > 1:
-            out.rule(str(run), align="left")
-        terminal.report(trace, diagnosis.diagnose(trace), None if len(traces) > 1 else run, out)
+        if len(traces) == 1:
+            terminal.report(trace, diagnosis.diagnose(trace), run, out)
+        else:
+            terminal.brief(run, trace, diagnosis.diagnose(trace), out)
     return 0
 
 

@@ -168,6 +168,12 @@ def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None,
         out.print(f"look closer  tensorboard --logdir {escape(str(folder))}")
 
 
+def brief(run: Path, trace: Trace, findings: Sequence[Finding], out: Console) -> None:
+    """One run among several: its name and its findings."""
+    out.print(Text(str(run), style="bold"))
+    out.print(Padding(findings_text(findings, diagnosis.summarize(trace, findings)["sentence"]), (0, 0, 1, 0)))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a sweep's table needs of one run: little, so that a thousand are little."""

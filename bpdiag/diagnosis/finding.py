@@ -29,22 +29,24 @@ class Finding:
 
 
 def real(x: float, digits: int = 1) -> str:
-    """A number with a real minus sign.
+    """A number with a real minus sign, and none before a zero.
 
     Example:
-        >>> real(-7.46), real(0.305, 2)
-        ('−7.5', '0.30')
+        >>> real(-7.46), real(0.305, 2), real(-0.04)
+        ('−7.5', '0.30', '0.0')
     """
-    return f"{x:.{digits}f}".replace("-", "−")
+    return f"{x:z.{digits}f}".replace("-", "−")
 
 
 def power(decades: float) -> str:
     """A factor given in decades: plain within a thousandth and a thousand, else a power of ten.
 
     Example:
-        >>> power(-0.85), power(-7.46), power(-math.inf)
-        ('0.14', '10^−7.5', 'exactly 0')
+        >>> power(-0.85), power(2.89), power(-7.46), power(-math.inf)
+        ('0.14', '776', '10^−7.5', 'exactly 0')
     """
     if decades == -math.inf:
         return "exactly 0"
-    return f"{10**decades:.2g}" if abs(decades) < 3 else f"10^{real(decades)}"
+    if not abs(decades) < 3:
+        return f"10^{real(decades)}"
+    return f"{10**decades:.0f}" if decades >= 2 else f"{10**decades:.2g}"

@@ -31,16 +31,17 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         if index is not None:
             layers = (trace.layers[index].key,)
             where = f"{_PLACES[cause]} {trace.layers[index].key.removesuffix('#0')}"
+            where += f" at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
         if at:
             ratio = trace.column("update_ratio")[0][at - 1]
             reach = ratio * np.sqrt([float(layer.fan_in or 0) for layer in trace.layers])
             evidence["largest_reach_before"] = float(np.nanmax(reach)) if np.isfinite(reach).any() else math.nan
         gains = trace.column("forward_gain")[0][at]
-        if np.isfinite(gains).any():
-            evidence["forward_gain"] = float(np.exp(np.nanmedian(np.log(gains[np.isfinite(gains) & (gains > 0)]))))
+        gains = gains[np.isfinite(gains) & (gains > 0)]
+        if gains.size:
+            evidence["forward_gain"] = float(np.exp(np.median(np.log(gains))))
     rate = trace.meta.get("optimizer", {}).get("lr", math.nan)
     evidence["learning_rate"] = float(rate)
-    since = f"step {first}" + (f", after {last_good} finite ones" if last_good > 0 else "")
     grown = evidence.get("forward_gain", 1.0)
     if cause == "input":
         remedy, expected = "repair or drop the samples that are not finite", "every number finite"
@@ -49,8 +50,9 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         expected = f"forward gain per layer from {grown:.2g} to 1"
     else:
         reach = evidence.get("largest_reach_before", math.nan)
-        remedy = f"lower the learning rate from {rate:g} tenfold"
-        expected = f"reach of a step from {reach:.2g} to {reach / 10:.2g}" if reach > 0 else "every number finite"
+        less = 10 ** max(1, math.ceil(math.log10(reach))) if 0 < reach < math.inf else 10
+        remedy = f"lower the learning rate from {rate:g} to {rate / less:g}" if rate > 0 else "lower the learning rate"
+        expected = f"reach of a step from {reach:.2g} to {reach / less:.2g}" if reach > 0 else "every number finite"
     yield Finding(
         kind="non_finite",
         severity="harm",
@@ -62,8 +64,8 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         remedy=remedy,
         expected=expected,
         source="ours",
-        sentence=f"The run is not finite from {since}: first seen {where}.",
-        why=f"The last finite step is {last_good}." if last_good >= 0 else "No step was finite.",
+        sentence=f"The numbers are not finite from step {first}: first seen {where}.",
+        why=f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.",
     )
 
 
