@@ -120,7 +120,7 @@ def dead_by_chance(cosine: float, batch: int) -> float:
 
     Example:
         >>> round(dead_by_chance(0.954, 256), 3)
-        0.267
+        0.268
     """
     if not cosine > 0:
         return 0.0
