@@ -24,7 +24,7 @@ from rich.text import Text
 
 from bpdiag import diagnosis
 from bpdiag.diagnosis import Finding, Profile
-from bpdiag.diagnosis.finding import real
+from bpdiag.diagnosis.finding import percent, real
 from bpdiag.trace import Trace
 
 GLYPHS = {
@@ -78,8 +78,8 @@ def layer_table(p: Profile, at: int) -> Table:
             _number(p.gain[at, row], 3),
             _number(_at(trace, "weight_factor", at, [line]), 3),
             _number(_at(trace, "slope_factor", at, [line]), 3),
-            _percent(_at(trace, "a_saturated_fraction", at, carriers)),
-            _percent(_at(trace, "a_dead_fraction", at, carriers)),
+            percent(_at(trace, "a_saturated_fraction", at, carriers)),
+            percent(_at(trace, "a_dead_fraction", at, carriers)),
             _scientific(_at(trace, "update_ratio", at, [line])),
         )
     return table
@@ -115,12 +115,6 @@ def _number(x: float, digits: int) -> str:
 
 def _scientific(x: float) -> str:
     return "–" if math.isnan(x) else "0" if x == 0 else f"{x:.1e}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def _percent(x: float) -> str:
-    if math.isnan(x):
-        return "–"
-    return "<1 %" if 0 < x < 0.005 else f"{x:.0%}".replace("%", " %")
 
 
 def findings_text(findings: Sequence[Finding], healthy: str) -> Group:
@@ -280,7 +274,7 @@ def _verdict(word: str, findings: Sequence[Finding]) -> str:
         return word
     finding = findings[0]
     share = finding.evidence.get(f"share_{finding.cause}", math.nan)
-    cause = f" by {finding.cause}" + (f" {_percent(share)}" if share == share else "") if finding.kind in FLOWS else ""
+    cause = f" by {finding.cause}" + (f" {percent(share)}" if share == share else "") if finding.kind in FLOWS else ""
     return f"{finding.kind}{cause}" + (" (passed)" if word == "weakened" else "")
 
 

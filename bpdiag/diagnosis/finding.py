@@ -38,6 +38,18 @@ def real(x: float, digits: int = 1) -> str:
     return f"{x:z.{digits}f}".replace("-", "−")
 
 
+def percent(x: float) -> str:
+    """A share in whole percent, never 0 for a small one.
+
+    Example:
+        >>> percent(0.718), percent(0.002), percent(0.0)
+        ('72 %', '<1 %', '0 %')
+    """
+    if math.isnan(x):
+        return "–"
+    return "<1 %" if 0 < x < 0.005 else f"{100 * x:.0f} %"
+
+
 def power(decades: float) -> str:
     """A factor given in decades: plain within a thousandth and a thousand, else a power of ten.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bpdiag.diagnosis.finding import Finding, power, real
+from bpdiag.diagnosis.finding import Finding, percent, power, real
 from bpdiag.diagnosis.harm import LEAST_TRAVEL, harm, verdict
 from bpdiag.diagnosis.profile import Profile
 
@@ -102,7 +102,7 @@ def exploding(p: Profile) -> Iterator[Finding]:
 
 
 OWNERS = {
-    "weights": "weights off their critical size",
+    "weights": "the size of the weights",
     "slopes": "the activation's own slope",
     "alignment": "the alignment of cotangents with weights and slopes",
     "other": "what lies between weights and activations",
@@ -122,9 +122,9 @@ def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: 
         limit = f"over {planned:,} steps a layer must receive 10^{real(-math.log10(planned))} or more to learn"
     if not ranked:
         return f"{limit[0].upper()}{limit[1:]}."
-    others = "".join(f", {OWNERS[k]} {shares[k]:.0%}" for k in ranked[1:] if shares[k] >= 0.005)
+    others = "".join(f", {OWNERS[k]} {percent(shares[k])}" for k in ranked[1:] if shares[k] >= 0.005)
     much = f"{real(abs(per_layer), 2)} decades a layer are {what}" if math.isfinite(per_layer) else f"All is {what}"
-    return f"{much}: {OWNERS[ranked[0]]} {verb} {shares[ranked[0]]:.0%} of it{others}; {limit}."
+    return f"{much}: {OWNERS[ranked[0]]} {verb} {percent(shares[ranked[0]])} of it{others}; {limit}."
 
 
 def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) -> tuple[str, str]:

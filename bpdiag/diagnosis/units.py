@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bpdiag.diagnosis.finding import Finding
+from bpdiag.diagnosis.finding import Finding, percent
 from bpdiag.diagnosis.harm import harm, verdict
 from bpdiag.diagnosis.profile import Profile
 
@@ -29,6 +29,7 @@ def dead_units(p: Profile) -> Iterator[Finding]:
     worst = max(judged, key=lambda case: (case.severity == "harm", case.dead))
     alike = [case for case in judged if case.severity == worst.severity]
     name, batches = worst.key.removesuffix("#0"), p.trace.layers[worst.line].window
+    share, chance = percent(worst.dead), percent(worst.chance)
     others = f", and many of {len(alike) - 1} more layers" if len(alike) > 1 else ""
     yield Finding(
         kind="dead_units",
@@ -45,10 +46,10 @@ def dead_units(p: Profile) -> Iterator[Finding]:
         },
         confidence=worst.confidence,
         remedy="begin anew with a learning rate ten times lower (units die of steps too large), or with leaky_relu",
-        expected=f"dead share of {name} from {worst.dead:.0%} to {worst.chance:.1%} or less",
+        expected=f"dead share of {name} from {share} to {chance} or less",
         source="ours: chance level from Gaussian preactivations of cosine c",
-        sentence=f"{worst.dead:.0%} of {name}'s units are dead{others}: no sample of {batches} batches wakes them.",
-        why=f"Chance alone would silence {worst.chance:.1%}.",
+        sentence=f"{share} of {name}'s units are dead{others}: no sample of {batches} batches wakes them.",
+        why=f"Chance alone would silence {chance}.",
     )
 
 
