@@ -39,11 +39,13 @@ def statistic(of: str, degree: int) -> Callable[[F], F]:
 
 
 def dense(x: Tensor) -> Tensor:
-    """The numbers of a tensor of any layout: a sparse one's values, duplicates added; a complex one's moduli."""
+    """The numbers of any tensor: a sparse one's values, duplicates added; a complex one's moduli; floating point."""
     x = x.detach()
     if x.layout != torch.strided:
         x = x.coalesce().values() if x.layout == torch.sparse_coo else x.values()
-    return x.abs() if x.is_complex() else x
+    if x.is_complex():
+        return x.abs()
+    return x if x.is_floating_point() else x.to(torch.float64)
 
 
 @statistic(of="any", degree=1)
@@ -84,7 +86,7 @@ def rms(x: Tensor) -> Tensor:
         >>> rms(torch.tensor([1.0, 7.0, 5.0, 5.0])).item()
         5.0
     """
-    return norm(x) / dense(x).numel() ** 0.5
+    return norm(x) / x.numel() ** 0.5
 
 
 @statistic(of="slope", degree=0)
@@ -152,8 +154,8 @@ def mean_cosine(z: Tensor) -> Tensor:
     if samples < 2:
         return torch.full((), float("nan"), dtype=torch.float64, device=z.device)
     rows = z.reshape(samples, -1)
-    if not rows.is_floating_point() or rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
+    rows = rows.float() if rows.element_size() < 4 else rows
+    rows = rows / rows.abs().amax(1, keepdim=True)  # else the squares of 1e30 or 1e-30 leave the number format
     units = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     total = torch.linalg.vector_norm(units.sum(0), dtype=torch.float64)
     return (total * total - samples) / (samples * (samples - 1))

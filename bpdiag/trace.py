@@ -169,30 +169,29 @@ class Trace:
         if not (here / "meta.json").is_file():
             raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")
         try:
-            meta = json.loads((here / "meta.json").read_text())
-            if meta.get("schema") != SCHEMA:
-                raise TraceError(f"{here}: schema {meta.get('schema')}; this version reads schema {SCHEMA}")
-            layers = [_layer(line) for line in meta.pop("layers")]
-            parts, steps = (
-                [pq.read_table(path) for path in sorted(here.glob(f"{kind}-*.parquet"))] for kind in ("part", "steps")
+            # the layer table last: a run still going on only adds to it
+            rows, steps = (
+                _concat(schema, [pq.read_table(path) for path in sorted(here.glob(f"{kind}-*.parquet"))])
+                for kind, schema in (("part", _ROWS), ("steps", _STEPS))
             )
             missing = pq.read_table(here / "missing.parquet").to_pylist() if (here / "missing.parquet").exists() else []
+            gaps = [Missing(**line) for line in missing]
+            meta = dict(json.loads((here / "meta.json").read_text()))
+            schema = meta.pop("schema", None)
+            layers = [_layer(line) for line in meta.pop("layers")] if schema == SCHEMA else []
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, TraceError):
-                raise
             raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
-        return cls(
-            _concat([_ROWS.empty_table(), *parts]),
-            _concat([_STEPS.empty_table(), *steps]),
-            layers,
-            [Missing(**line) for line in missing],
-            meta,
-        )
+        if schema != SCHEMA:
+            raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
+        return cls(rows, steps, layers, gaps, meta)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the trace folder ``folder/trace``; returns it."""
-        here = Path(folder) / "trace"
-        here.mkdir(parents=True, exist_ok=True)
+        """Write the trace folder ``folder/trace``; returns it.
+
+        Raises:
+            TraceError: There is one already: two runs must not be mixed.
+        """
+        here = _new_folder(folder)
         _write_table(self.table, here / "part-00000.parquet")
         _write_table(self.steps_table, here / "steps-00000.parquet")
         _write_missing(self.missing, here)
@@ -299,11 +298,7 @@ class TraceWriter:
         self._last_sampled: int | None = None
         self.folder = None
         if folder is not None:
-            self.folder = Path(folder) / "trace"
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise TraceError(f"{folder}: already holds a run; choose another folder or remove this one") from None
+            self.folder = _new_folder(folder)
             _write_meta(self.meta, self.layers, self.folder)
 
     def write(self, sample: Sample) -> None:
@@ -327,7 +322,7 @@ class TraceWriter:
         for index, column, reason in sample.missing:
             layer = self.layers[index]
             spans = self._missing.setdefault((layer.name, layer.call, column, reason), [])
-            if spans and spans[-1][1] == self._last_sampled:
+            if spans and spans[-1][1] in (self._last_sampled, sample.step):  # goes on, or another pass says the same
                 spans[-1] = (spans[-1][0], sample.step)
             else:
                 spans.append((sample.step, sample.step))
@@ -352,7 +347,7 @@ class TraceWriter:
             )
         else:
             parts, kept_steps = self._kept
-        table, steps_table = _concat([*parts, rows]), _concat([*kept_steps, steps])
+        table, steps_table = _concat(_ROWS, [*parts, rows]), _concat(_STEPS, [*kept_steps, steps])
         return Trace(table, steps_table, list(self.layers), self._spans(), dict(self.meta))
 
     def _pending(self) -> tuple[pa.Table, pa.Table]:
@@ -409,8 +404,23 @@ def _layer(line: dict[str, Any]) -> Layer:
     return Layer(**{**line, **tuples})
 
 
-def _concat(tables: Sequence[pa.Table]) -> pa.Table:
-    return pa.concat_tables([t for t in tables if t.num_rows] or tables[:1], promote_options="default")
+def _concat(schema: pa.Schema, tables: Sequence[pa.Table]) -> pa.Table:
+    """The tables as one of this schema: a column that an older version did not write is null."""
+    for table in tables:
+        lacking = {"step", *(KEYS if schema is _ROWS else ())} - set(table.column_names)
+        if lacking:
+            raise ValueError(f"a part without {', '.join(sorted(lacking))}")
+    known = [table.select([name for name in schema.names if name in table.column_names]) for table in tables]
+    return pa.concat_tables([schema.empty_table(), *known], promote_options="default").cast(schema)
+
+
+def _new_folder(folder: str | os.PathLike[str]) -> Path:
+    here = Path(folder) / "trace"
+    try:
+        here.mkdir(parents=True)
+    except FileExistsError:
+        raise TraceError(f"{folder}: already holds a run; choose another folder or remove this one") from None
+    return here
 
 
 def _replace(path: Path, write: Any) -> None:

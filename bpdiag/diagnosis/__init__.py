@@ -16,8 +16,8 @@ import numpy as np
 
 from bpdiag.diagnosis.finding import Finding
 from bpdiag.diagnosis.flow import exploding, vanishing
+from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
-from bpdiag.diagnosis.profile import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
 from bpdiag.trace import Trace, write_json
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from bpdiag.diagnosis.finding import Finding, percent, power, real
-from bpdiag.diagnosis.harm import LEAST_TRAVEL, harm, verdict
-from bpdiag.diagnosis.profile import Profile
+from bpdiag.diagnosis.harm import LEAST_TRAVEL, harmed_layers, verdict
+from bpdiag.diagnosis.ledger import Profile
 
 SLIP = math.log10(2) / 2  # 0.15 decades a layer: the smallest classical slip of a weight variance, a factor of 2
+ROUNDING = 1e-9  # decades: less is no share of anything
 FORMAT_END = 38.5  # log10 of the largest float32
 
 
@@ -24,16 +25,20 @@ def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a step whose way up is not known: nan
         typical = {k: np.nanmedian(v[quote][:, lowest:-1], axis=0) for k, v in p.ledger.items()}
-    owners = {k: float(v[np.isfinite(v)].sum()) for k, v in typical.items()}
+    owners = {k: float(v[~np.isnan(v)].sum()) for k, v in typical.items()}
     taken = {k: max(sign * v, 0.0) for k, v in owners.items()}
+    cut = math.inf in taken.values()
+    if cut:  # a factor of exactly 0 took all, whatever the others did
+        taken = {k: float(v == math.inf) for k, v in taken.items()}
     total = sum(taken.values())
+    total = total if total > ROUNDING else 0.0
     evidence = {f"decades_{k}": v for k, v in owners.items()}
     evidence |= {f"share_{k}": v / total if total else math.nan for k, v in taken.items()}
     slips = [np.abs(typical[k][np.isfinite(typical[k])]) for k in ("weights", "slopes")]
     cause = max(taken, key=taken.get) if total else "depth"
     if cause == "other":
         cause = "normalization"
-    elif all(slip.mean() < SLIP for slip in slips if slip.size) and cause != "alignment":
+    elif not cut and all(slip.mean() < SLIP for slip in slips if slip.size) and cause != "alignment":
         cause = "depth"
     return cause, evidence
 
@@ -90,7 +95,7 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
 
 def vanishing(p: Profile) -> Iterator[Finding]:
     """Too little arrives below, by the harm rule."""
-    yield from _flow(p, "vanishing", harm(p)[0], -1)
+    yield from _flow(p, "vanishing", harmed_layers(p)[0], -1)
 
 
 def exploding(p: Profile) -> Iterator[Finding]:
@@ -98,7 +103,7 @@ def exploding(p: Profile) -> Iterator[Finding]:
     norms = p.trace.column("g_z_norm")[0][:, p.lines]
     with np.errstate(all="ignore"):
         near_the_end = (np.log10(norms) > FORMAT_END - 1) & p.finite[:, None]
-    yield from _flow(p, "exploding", harm(p)[1] | near_the_end, +1)
+    yield from _flow(p, "exploding", harmed_layers(p)[1] | near_the_end, +1)
 
 
 OWNERS = {

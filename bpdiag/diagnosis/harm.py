@@ -7,14 +7,14 @@ import warnings
 
 import numpy as np
 
-from bpdiag.diagnosis.profile import Profile
+from bpdiag.diagnosis.ledger import Profile
 
 LEAST_TRAVEL = 0.1  # all steps agreeing move z by under a tenth
 LUCK = 1.0  # decades that the draw of the weights alone may cost or give: healthy nets measured -.75 ... +.56
 ADAM_DECADES = 3.0  # an optimizer that divides the scale out meets its eps about there
 
 
-def harm(p: Profile) -> tuple[np.ndarray, np.ndarray]:
+def harmed_layers(p: Profile) -> tuple[np.ndarray, np.ndarray]:
     """(S, L) bool each: layers that cannot learn because too little arrives; because what arrives below drowns them.
 
     None once the loss has converged.  Too little, beyond what luck of the weights does (|D| < 1), is any of

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bpdiag.diagnosis.finding import Finding, percent
-from bpdiag.diagnosis.harm import harm, verdict
-from bpdiag.diagnosis.profile import Profile
+from bpdiag.diagnosis.harm import harmed_layers, verdict
+from bpdiag.diagnosis.ledger import Profile
 
 SQUISHED = -0.5  # log10(rms slope / largest): nine elements in ten pass under 5 %
 MOST = 0.5  # of a layer's units
@@ -73,9 +73,10 @@ def _judge(p: Profile, at: int, i: int, j: int) -> _Case | None:
     layer, carrier = p.trace.layers[i], p.trace.layers[j]
     dead, there = (column[:, j] for column in p.trace.column("a_dead_fraction"))
     cosine = p.trace.column("z_cosine")[0][:, i]
-    size = np.nan_to_num(p.ledger["slopes"][:, at] + math.log10(carrier.r or 1), nan=0.0)
+    largest = (carrier.largest_slope or 1) / (carrier.r or 1)
+    size = np.nan_to_num(p.ledger["slopes"][:, at] - math.log10(largest), nan=0.0)  # log10(rms slope / largest)
     most = there & p.finite & (dead > MOST)
-    blocked = there & harm(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | most)
+    blocked = there & harmed_layers(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | most)
     batch = (layer.shape[0] if layer.shape else 1) * max(carrier.window, 1)
     chance = np.zeros(len(p.steps))
     for s in np.flatnonzero(most | blocked):
@@ -130,8 +131,10 @@ def dead_by_chance(cosine: float, batch: int) -> float:
 
 @functools.lru_cache(maxsize=100_000)
 def _integral(cosine: float, batch: int) -> float:
-    x = np.linspace(-8, 8, 401)
     slant = math.sqrt(cosine / (1 - cosine))
+    x = np.unique(
+        np.concatenate([np.linspace(-8, 8, 401), np.linspace(-10, 10, 401) / max(slant, 1)])
+    )  # dense in the fall
     silent = np.array([0.5 * math.erfc(v * slant / math.sqrt(2)) for v in x])
-    weight = np.exp(-x * x / 2)
-    return float((weight * silent**batch).sum() / weight.sum())
+    y = np.exp(-x * x / 2) * silent**batch
+    return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2 / math.sqrt(2 * math.pi))

@@ -23,6 +23,7 @@ from bpdiag.trace import Trace
 ASSUMED_STEPS = 1_000  # the horizon T where none was planned
 CONVERGED = 0.1  # of ln K or of the first loss
 FLAT = 0.02  # of the first loss: less of a fall in half the run is a plateau
+SMALLEST = 1e-30  # a cotangent so small may underflow in float32 whatever the layer does
 WINDOW = 5  # samples that an update ratio is the median of
 
 
@@ -107,6 +108,10 @@ def _ledger(trace: Trace, lines: list[int], gain: np.ndarray) -> dict[str, np.nd
         out["slopes"][:, at] = size - math.log10(r)
         out["alignment"][:, at] = log("weight_factor", i) - sig + (own - size if carriers else 0.0)
         out["other"][:, at] = passed - own if carriers else passed - size
+        # nobody took what the number format could not hold
+        gone = (gain[:, at] == 0) & (trace.column("g_z_norm")[0][:, layer.next] < SMALLEST)
+        for owner in out.values():
+            owner[gone, at] = np.nan
     return out
 
 
@@ -152,7 +157,8 @@ def _finite(trace: Trace) -> np.ndarray:
 def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
 
-    Converged: below a tenth of its first value or of ln K, K the outputs.  A plateau, of 20 steps at least: within a
+    Converged: below a tenth of ln K, K the outputs, or of its first value and half of ln K (a start far above guessing
+    is no merit of guessing).  A plateau, of 20 steps at least: within a
     tenth of what guessing costs, or above half of it and fallen by under 2 % of its first value in the second half.
     """
     steps, losses = trace.losses
@@ -170,7 +176,8 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.
     width = np.maximum(10, count // 10)
     now, half_way = mean_to(count, width), mean_to(count // 2, width)
     first, guessing = losses[0], math.log(max(trace.layers[lines[-1]].units or 1, 1))
-    converged = (count > 0) & (now < CONVERGED * max(first, guessing))
+    low = (now < CONVERGED * guessing) | ((now < CONVERGED * first) & ((guessing == 0) | (now < guessing / 2)))
+    converged = (count > 0) & low
     stands = min(first, guessing) if guessing > 0 else first
     flat = (half_way - now < FLAT * stands) & (now > stands / 2)
     plateau = (count >= 20) & (flat | (now > (1 - CONVERGED) * stands))

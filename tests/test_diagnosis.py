@@ -1,0 +1,449 @@
+"""Judging, on traces typed by hand: each finding with a sick case and a healthy twin, each threshold with its line."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+from bpdiag import diagnosis
+from bpdiag.diagnosis import DIAGNOSES, Finding, dead_by_chance, diagnose, notes, profile
+from bpdiag.trace import Layer, Missing, Sample, Trace
+
+INF, NAN = math.inf, math.nan
+RELU, SIGMOID = ("relu", 1.0, math.sqrt(0.5)), ("sigmoid", 0.25, 1.0)  # name, largest slope, r
+HE = math.sqrt(2)  # sig at weight variance 2
+HALF = math.sqrt(0.5)  # rms of a relu's slopes, half of them 0
+TORCH = math.sqrt(1 / 3)  # sig of nn.Linear's default
+FAN_IN, B, K = 100, 256, 10
+
+Number = float | list[float] | Callable[[int], float | list[float]]
+# losses: falls all the time and has not converged after 200 steps; a plateau; under a tenth of ln 10 from step 1 on
+learning, stuck, late = (lambda s: 2.3 * math.exp(-s / 100), lambda s: 2.3, lambda s: 2.3 if s == 0 else 0.22)
+
+
+def net(
+    depth: int = 5, *,
+    sig: Number = HE, A: Number = 1.0, slope: Number = HALF, C: Number = 1.0,
+    between: Number | None = None,  # what a normalization between weights and activation multiplies by
+    update: Number = 1e-3, dead: Number | None = None, cosine: Number = 0.5,
+    loss: Callable[[int], float] | None = learning,
+    phi: tuple[str, float, float] = RELU, function: bool = False,  # True: a function call, no module of its own
+    planned: int | None = 1000, adam: bool = False, momentum: float = 0.0,
+    scale: float = 1.0,  # of all cotangents
+    steps: Sequence[int] = range(0, 200, 10),
+    edit: Callable[[int, str, dict], None] = lambda step, layer, row: None,  # a last touch
+) -> Trace:  # fmt: skip
+    """The trace of an MLP, layers z1, a1, ..., zL, whose step from z_{l+1} to z_l has G = sig A slope C [between].
+
+    Numbers are one for all, a list from the lowest step up, or either as a function of the training step.
+    """
+    name, largest, r = phi
+    stride = 1 + (between is not None) + (not function)
+    acts = {"activation": name, "largest_slope": largest, "r": r, "window": 8}
+    layers = []
+    for n in range(1, depth + 1):
+        at, last = len(layers), n == depth
+        parents = (at - 1,) if n > 1 else ()
+        on = {} if last else {"next": at + stride, "via": tuple(range(at + 1, at + stride))}
+        on |= acts if function and not last else {}
+        units = K if last else FAN_IN
+        layers.append(Layer(f"z{n}", 0, "linear", (B, units), parents, fan_in=FAN_IN, units=units, **on))
+        if between is not None and not last:
+            layers.append(Layer(f"n{n}", 0, "batchnorm1d", (B, FAN_IN), (len(layers) - 1,)))
+        if not function and not last:
+            layers.append(Layer(f"a{n}", 0, name, (B, FAN_IN), (len(layers) - 1,), **acts))
+    index = {layer.name: i for i, layer in enumerate(layers)}
+
+    def at_step(number: Number | None, step: int) -> list[float]:
+        number = number(step) if callable(number) else 1.0 if number is None else number
+        return number if isinstance(number, list) else [number] * depth
+
+    def rows(step: int) -> dict[str, dict[str, float]]:
+        numbers = (sig, A, slope, C, between, update, cosine, dead)
+        sigs, As, slopes, Cs, norms, updates, cosines, silent = (at_step(number, step) for number in numbers)
+        g, rows = scale, {}
+        for n in range(depth, 0, -1):
+            z = rows[f"z{n}"] = {"z_norm": 10.0, "z_rms": 1.0, "forward_gain": 1.0, "z_cosine": cosines[n - 1]}
+            z |= {"W_rms": (sigs[n - 2] if n > 1 else 1.0) / math.sqrt(FAN_IN), "update_ratio": updates[n - 1]}
+            if n < depth:
+                i = n - 1
+                above, w, s = g, sigs[i] * As[i], slopes[i] * Cs[i] * norms[i]
+                phi_row = {"a_norm": 5.0, "g_a_norm": w * above, "slope_rms": slopes[i]}
+                if dead is not None:
+                    phi_row["a_dead_fraction"] = silent[i]
+                if between is not None:
+                    rows[f"n{n}"] = {"z_norm": 9.0, "g_z_norm": w * above * slopes[i] * Cs[i]}
+                g = w * s * above
+                z |= {"weight_factor": w, "slope_factor": s, "backward_gain": g / above} if above else {}
+                rows[f"z{n}" if function else f"a{n}"] = z | phi_row if function else phi_row
+            rows[f"z{n}"] |= {"g_z_norm": g, "g_W_norm": g, "decades": math.log10(g / scale) if g > 0 else -INF}
+        rows["z1"]["x_rms"] = 1.0
+        for name, row in rows.items():
+            edit(step, name, row)
+        return rows
+
+    samples, told = [], -1
+    for step in steps:
+        losses = [(s, loss(s)) for s in range(told + 1, step + 1)] if loss else []
+        samples.append(Sample(step, layers, [(0, index[k], row) for k, row in rows(step).items()], losses, 0.1))
+        told = step
+    optimizer = {"name": "Adam" if adam else "SGD", "lr": 0.1, "momentum": momentum, "sgd_like": not adam}
+    return Trace.build(layers, samples, {"optimizer": optimizer, **({"planned_steps": planned} if planned else {})})
+
+
+def by(decades: float, owner: str = "sig", depth: int = 5, **options) -> Trace:
+    """A net whose lowest layer is ``decades`` from its top, all by one owner."""
+    normal = {"sig": HE, "A": 1.0, "slope": HALF, "C": 1.0, "between": 1.0}[owner]
+    return net(depth, **{owner: normal * 10 ** (decades / (depth - 1))}, **options)
+
+
+def kinds(trace: Trace) -> list[tuple[str, str]]:
+    return [(f.kind, f.severity) for f in diagnose(trace)]
+
+
+def only(trace: Trace) -> Finding:
+    (finding,) = diagnose(trace)
+    return finding
+
+
+def bracket(finding: Finding) -> tuple[float, float]:
+    return finding.evidence["last_finite_step"], finding.evidence["first_nonfinite_step"]
+
+
+def spoil(step: int, layer: str, **values: float) -> Callable[[int, str, dict], None]:
+    """Overwrite numbers of one layer at one step."""
+    return lambda s, name, row: row.update(values) if (s, name) == (step, layer) else None
+
+
+def nan_from(first: int) -> Callable[[int], float]:
+    return lambda step: NAN if step >= first else learning(step)
+
+
+VANISH, GROW = ("vanishing", "harm"), ("exploding", "harm")
+DEAD = {"dead": [0.0, 0.9, 0.0, 0.0], "slope": [HALF, 1e-3, HALF, HALF]}
+CASES = {
+    "non_finite": (lambda: net(edit=spoil(60, "z2", z_norm=INF)), lambda: net(edit=spoil(60, "z2", z_norm=1e30))),
+    "dead_units": (lambda: net(**DEAD, planned=300), lambda: net(**DEAD | {"dead": 0.1, "slope": HALF}, planned=300)),
+    "exploding": (lambda: by(3.2), lambda: by(2.8)),
+    "vanishing": (lambda: by(-3.2), lambda: by(-2.8)),
+}
+
+
+def test_every_diagnosis_has_its_cases():
+    assert CASES.keys() == DIAGNOSES.keys()
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_sick_and_healthy(kind, tmp_path):
+    sick, healthy = (build() for build in CASES[kind])
+    assert kinds(sick) == [(kind, "harm")]
+    assert kinds(healthy) == []
+    finding = only(sick)
+    assert 0 < finding.confidence <= 1
+    assert all(
+        (finding.layers, finding.cause, finding.remedy, finding.expected, finding.source, finding.sentence, finding.why)
+    )
+    sick.save(tmp_path)
+    assert str(only(Trace.load(tmp_path))) == str(finding)  # the same from disk
+
+
+def sigmoid_slope() -> float:
+    """rms of a sigmoid's slope in a deep net at torch's default weights, by quadrature."""
+    x = np.linspace(-10, 10, 20_001)
+    weight, q = np.exp(-x * x / 2) / np.exp(-x * x / 2).sum(), 1.0
+    for _ in range(50):
+        q = (weight / (1 + np.exp(-math.sqrt(q) * x)) ** 2).sum() / 3
+    y = 1 / (1 + np.exp(-math.sqrt(q) * x))
+    return math.sqrt((weight * (y * (1 - y)) ** 2).sum())
+
+
+@pytest.mark.parametrize(
+    ("sig", "slope", "phi", "d_w", "d_s"),
+    [(HE, HALF, RELU, 0.0, 0.0), (TORCH, HALF, RELU, -0.39, 0.0), (TORCH, sigmoid_slope(), SIGMOID, -0.24, -0.61)],
+    ids=["He relu", "torch relu", "torch sigmoid"],
+)
+def test_blame_of_initializations(sig, slope, phi, d_w, d_s):
+    ledger = profile(net(sig=sig, slope=slope, phi=phi)).ledger
+    np.testing.assert_allclose(ledger["weights"][:, :-1], d_w, atol=5e-3)
+    np.testing.assert_allclose(ledger["slopes"][:, :-1], d_s, atol=5e-3)
+    np.testing.assert_allclose([ledger["alignment"][:, :-1], ledger["other"][:, :-1]], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [{}, {"function": True}, {"between": [0.7, 1.3, 2.0, 0.01]}])
+def test_ledger_sums_to_the_gain(layout):
+    parts = {"sig": [1.0, 0.2, 3.0, HE], "A": [1.5, 0.9, 1, 1.1], "slope": [0.1, 0.5, 0.7, 0.9], "C": [1, 2, 1.2, 0.9]}
+    p = profile(net(**parts, **layout))
+    np.testing.assert_allclose(sum(p.ledger.values())[:, :-1], np.log10(p.gain[:, :-1]), rtol=0, atol=1e-12)
+    owned = {"weights": np.log10(np.array(parts["sig"]) * HALF), "slopes": np.log10(np.array(parts["slope"]) / HALF)}
+    owned |= {"alignment": np.log10(np.multiply(parts["A"], parts["C"])), "other": np.log10(layout.get("between", 1))}
+    for owner, decades in owned.items():
+        np.testing.assert_allclose(p.ledger[owner][0], [*np.broadcast_to(decades, 4), NAN], atol=1e-12)  # none above
+    np.testing.assert_allclose(p.decades[0, 0], np.log10(p.gain[0, :-1]).sum(), atol=1e-12)
+
+
+# ---- harm: the lines ---------------------------------------------------------------------------------
+
+
+LINES = {  # name: (trace, what is found)
+    "SGD beyond -log10 T": (lambda: by(-3.5, planned=2345), [VANISH]),
+    "SGD within -log10 T": (lambda: by(-3.2, planned=2345), []),
+    "the same over 1,000 steps": (lambda: by(-3.2, planned=1000), [VANISH]),
+    "1,000 are assumed": (lambda: by(-3.2, planned=None), [VANISH]),
+    "and no fewer": (lambda: by(-2.9, planned=None), []),
+    "Adam learns all the same": (lambda: by(-3.5, planned=2345, adam=True), []),
+    "Adam stuck": (lambda: by(-3.5, planned=2345, adam=True, loss=stuck), [VANISH]),
+    "Adam stuck by something else": (lambda: by(-2.9, planned=2345, adam=True, loss=stuck), []),
+    "travel": (lambda: by(-1.5, update=[9e-6] + [1e-3] * 4), [VANISH]),
+    "travel enough": (lambda: by(-1.5, update=[1.1e-5] + [1e-3] * 4), []),
+    "travel under Adam": (lambda: by(-1.5, update=[9e-6] + [1e-3] * 4, adam=True), [VANISH]),
+    "luck": (lambda: by(-0.9, update=[1e-9] + [1e-3] * 4), []),
+    "beyond luck": (lambda: by(-1.1, update=[1e-9] + [1e-3] * 4), [VANISH]),
+    "no layer moves": (lambda: by(-1.5, update=1e-9), []),
+    "under a tenth of ln 10": (lambda: by(-5, loss=late), []),
+    "under a tenth of the first loss": (lambda: by(-5, loss=lambda s: 30 if s == 0 else 2.9), []),
+    "not converged yet": (lambda: by(-5, loss=lambda s: 2.3 if s == 0 else 0.24), [VANISH]),
+    "growth SGD": (lambda: by(3.5, planned=2345), [GROW]),
+    "less growth": (lambda: by(3.2, planned=2345), []),
+    "growth Adam": (lambda: by(3.5, planned=2345, adam=True), []),
+    "growth Adam stuck": (lambda: by(3.5, planned=2345, adam=True, loss=stuck), [GROW]),
+    "growth converged": (lambda: by(5, loss=late), []),
+    "the number format ends": (lambda: by(0.5, scale=1e38), [GROW]),
+    "and has a decade left": (lambda: by(0.5, scale=1e36), []),
+    "passed": (lambda: net(sig=lambda s: HE / 10 if s < 60 else HE), [("vanishing", "warning")]),
+    "passed in a moment": (lambda: net(sig=lambda s: HE / 10 if s < 10 else HE), []),
+    "dead, chance c = 1": (lambda: net(dead=0.55, cosine=1.0, loss=stuck), []),
+    "dead, no chance": (lambda: net(dead=0.55, cosine=0.5, loss=stuck), [("dead_units", "harm")]),
+    "dead, net learns": (lambda: net(dead=0.55, cosine=0.5), [("dead_units", "warning")]),
+    "few are dead": (lambda: net(dead=0.45, cosine=0.5, loss=stuck), []),
+    "dead, converged": (lambda: net(dead=0.9, loss=late), []),
+    "few dead, vanishing by weights": (lambda: by(-4, dead=0.01), [VANISH]),
+    "few dead sigmoids": (lambda: by(-4, "A", sig=TORCH, slope=0.24, phi=SIGMOID, dead=0.1), [VANISH]),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_line(name):
+    build, expected = LINES[name]
+    assert kinds(build()) == expected
+
+
+MOVED = [  # (threshold, moved to, the lines that must turn red)
+    ("harm.LUCK", 0.5, "luck"),
+    ("harm.LUCK", 1.2, "beyond luck"),
+    ("harm.LEAST_TRAVEL", 0.05, "travel"),
+    ("harm.LEAST_TRAVEL", 0.2, "travel enough"),
+    ("harm.ADAM_DECADES", 4.0, "Adam stuck"),
+    ("harm.ADAM_DECADES", 2.0, "Adam stuck by something else"),
+    ("ledger.ASSUMED_STEPS", 3000, "1,000 are assumed"),
+    ("ledger.ASSUMED_STEPS", 500, "and no fewer"),
+    ("ledger.CONVERGED", 0.05, "under a tenth of ln 10"),
+    ("ledger.CONVERGED", 0.2, "not converged yet"),
+    ("ledger.FLAT", 0.9, "Adam learns all the same"),
+    ("flow.FORMAT_END", 41.0, "the number format ends"),
+    ("flow.FORMAT_END", 36.0, "and has a decade left"),
+    ("units.MOST", 0.6, "dead, no chance"),
+    ("units.MOST", 0.4, "few are dead"),
+    ("units.SQUISHED", 0.0, "few dead, vanishing by weights"),
+]
+
+
+@pytest.mark.parametrize(("threshold", "value", "name"), MOVED)
+def test_a_moved_threshold_is_noticed(threshold, value, name, monkeypatch):
+    test_line(name)
+    module, constant = threshold.split(".")
+    monkeypatch.setattr(import_module(f"bpdiag.diagnosis.{module}"), constant, value)
+    with pytest.raises(AssertionError):
+        test_line(name)
+
+
+def test_travel_allows_for_momentum_that_builds_up():
+    p = profile(net(update=lambda s: 1e-3 * (1 - 0.9 ** (s + 1)), momentum=0.9))
+    np.testing.assert_allclose(p.travel, 1000 * 1e-3 * math.sqrt(FAN_IN), rtol=1e-12)
+
+
+OWNERS = {"sig": "weights", "slope": "slopes", "A": "alignment", "C": "alignment", "between": "normalization"}
+
+
+@pytest.mark.parametrize("decades", [-4.0, 4.0])
+@pytest.mark.parametrize("owner", OWNERS)
+def test_cause_is_the_owner(owner, decades):
+    finding = only(by(decades, owner))
+    assert finding.kind == ("vanishing" if decades < 0 else "exploding")
+    assert finding.cause == OWNERS[owner]
+    shares = {k: v for k, v in finding.evidence.items() if k.startswith("share_")}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-12)
+    assert max(shares.values()) == pytest.approx(1, abs=1e-9)
+    assert finding.evidence["decades"] == pytest.approx(decades)
+    assert finding.evidence["gain_per_layer"] == pytest.approx(10 ** (decades / 4))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_depth_alone(sign):
+    finding = only(by(sign * 3.9, depth=40))  # a tenth of a decade a layer: no classical slip
+    assert finding.cause == "depth"
+    assert "residual" in finding.remedy
+    assert "30 layers over 1,000 steps" in finding.expected
+    assert only(by(sign * 3.9, depth=24)).cause == "weights"  # 0.17: beyond log10 sqrt 2
+
+
+def test_shares_of_mixed_causes():
+    finding = only(net(sig=TORCH, slope=0.245, phi=SIGMOID, depth=6))
+    assert finding.cause == "slopes"
+    assert finding.evidence["decades_weights"] == pytest.approx(5 * math.log10(TORCH))
+    assert finding.evidence["decades_slopes"] == pytest.approx(5 * math.log10(0.245))
+    assert finding.evidence["share_slopes"] == pytest.approx(0.61 / 0.85, abs=0.01)
+    assert sum(finding.evidence[f"share_{k}"] for k in ("weights", "slopes", "alignment", "other")) == pytest.approx(1)
+
+
+def test_layers_onset_and_horizon():
+    finding = only(net(sig=lambda s: HE if s < 100 else [HE, HE, HE * 1e-4, HE]))
+    assert finding.layers == ("z1#0", "z2#0", "z3#0")
+    assert finding.onset_step == 100
+    assert finding.evidence["planned_steps_given"] == 1
+    assert only(by(-4, planned=None)).evidence["planned_steps_given"] == 0
+
+
+@pytest.mark.parametrize("dead", [0.9, 1.0], ids=["nearly all", "all"])
+def test_one_fault_one_finding(dead):
+    """A dead layer is why the gradient vanishes below it, also where it is cut altogether."""
+    slope = 0.0 if dead == 1 else 1e-3
+    trace = net(dead=[0.0, dead, 0.0, 0.0], slope=[HALF, slope, HALF, HALF], planned=300)
+    assert kinds(trace) == [("dead_units", "harm")]
+    assert only(trace).layers == ("a2#0",)
+    assert only(trace).evidence["dead_fraction"] == dead
+
+
+def test_nothing_is_blamed_on_what_is_not_there():
+    """Rounding in the ledger of a plain net is no normalization layer."""
+    assert only(net(scale=1.3e38)).cause == "depth"
+
+
+def test_a_cut_is_blamed_on_the_slopes_that_cut():
+    finding = only(net(slope=[HALF, 0.0, HALF, HALF]))
+    assert finding.evidence["decades"] == -INF
+    assert finding.layers == ("z1#0", "z2#0")
+    assert finding.cause == "slopes"
+
+
+@pytest.mark.parametrize("kind", ["vanishing", "exploding", "dead_units"])
+def test_findings_do_not_move_with_the_loss_scale(kind):
+    options = (
+        {**DEAD, "planned": 300} if kind == "dead_units" else {"sig": HE * 10 ** (-1 if kind == "vanishing" else 1)}
+    )
+    one, other = only(net(**options)), only(net(**options, scale=1e-6))
+    assert one.kind == kind
+    assert dataclasses.replace(one, evidence={}) == dataclasses.replace(other, evidence={})
+    assert one.evidence == pytest.approx(other.evidence, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "batch", "p"),
+    [(0.954, 256, 0.268), (1.0, 256, 0.5), (1e-9, 3, 0.125), (1e-9, 256, 0), (0, 1, 0), (-0.2, 1, 0), (NAN, 1, 0)],
+)
+def test_dead_by_chance(cosine, batch, p):
+    assert dead_by_chance(cosine, batch) == pytest.approx(p, abs=5e-4)
+
+
+@pytest.mark.parametrize("cosine", [0.1, 0.5, 0.9, 0.99, 0.9999])
+def test_dead_by_chance_closed_forms(cosine):
+    # orthant probabilities of two and three Gaussians of equal correlation
+    assert dead_by_chance(cosine, 2) == pytest.approx(1 / 4 + math.asin(cosine) / (2 * math.pi), abs=1e-4)
+    assert dead_by_chance(cosine, 3) == pytest.approx(1 / 8 + 3 * math.asin(cosine) / (4 * math.pi), abs=1e-4)
+
+
+def test_bracket_by_the_loss_of_unsampled_steps():
+    finding = only(net(loss=nan_from(13), edit=spoil(20, "z3", W_rms=NAN, z_norm=NAN)))
+    assert bracket(finding) == (12, 13)
+    assert finding.onset_step == 13
+    assert (finding.layers, finding.cause) == (("z3#0",), "weights")
+
+
+def test_bracket_by_one_of_both():
+    assert bracket(only(net(loss=None, edit=spoil(60, "z3", z_norm=NAN)))) == (50, 60)
+    assert bracket(only(net(loss=None, edit=spoil(0, "z3", z_norm=NAN)))) == (-1, 0)
+    unseen = only(net(loss=nan_from(187)))
+    assert bracket(unseen) == (186, 187)
+    assert (unseen.layers, unseen.cause) == ((), "not sampled")
+    seen = only(net(loss=lambda s: NAN if s == 60 else learning(s)))  # the loss alone, in a step that was sampled
+    assert bracket(seen) == (59, 60)
+    assert "not sampled" not in (seen.cause + seen.sentence)
+
+
+BREAKS = {  # what broke: ({layer: numbers}, where)
+    "input": ({"z1": {"x_rms": NAN, "z_norm": NAN}, "z2": {"z_norm": NAN}}, "z1#0"),
+    "forward": ({"a2": {"a_norm": INF}, "z3": {"z_norm": INF}, "z5": {"g_z_norm": NAN}}, "a2#0"),
+    "weights": ({"z2": {"W_rms": NAN, "z_norm": NAN}, "a2": {"a_norm": NAN}, "z4": {"z_norm": NAN}}, "z2#0"),
+    "backward": ({"z3": {"g_z_norm": INF}, "a2": {"g_a_norm": NAN}, "z1": {"g_z_norm": NAN}}, "z3#0"),
+}
+
+
+@pytest.mark.parametrize("cause", BREAKS)
+def test_first_call_that_broke(cause):
+    values, layer = BREAKS[cause]
+    finding = only(net(edit=lambda s, name, row: row.update(values.get(name, {})) if s >= 60 else None))
+    assert (finding.layers, finding.cause) == ((layer,), cause)
+    assert only(net(edit=spoil(60, "z2", g_W_norm=INF))).cause == "backward"
+
+
+PUBLIC = {"kind", "severity", "layers", "onset_step", "cause", "evidence", "confidence", "remedy", "expected", "source"}
+WORDS = {
+    "lives": lambda: net(),
+    "weakened": LINES["passed"][0],
+    "dies": lambda: by(-4),
+    "dies later": lambda: net(sig=lambda s: HE if s < 100 else HE / 10),
+    "blows up": lambda: by(4),
+    "not finite": lambda: net(loss=nan_from(13)),
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_and_files(word, tmp_path):
+    trace = WORDS[word]()
+    findings = diagnose(trace)
+    assert diagnosis.verdict(findings) == word
+    diagnosis.write(trace, findings, tmp_path)
+    strict = lambda name: pytest.fail(f"{name} is no JSON")  # noqa: E731
+    told, summary = (
+        json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=strict) for name in ("findings", "summary")
+    )
+    assert told.keys() == {"schema", "findings", "notes"}
+    assert (told["schema"], len(told["findings"])) == (1, len(findings))
+    for line in told["findings"]:
+        assert line.keys() >= PUBLIC
+        assert line["severity"] in ("harm", "warning")
+        assert all(isinstance(v, float) or v in ("NaN", "Infinity", "-Infinity") for v in line["evidence"].values())
+    assert summary["verdict"] == word == diagnosis.summarize(trace, findings)["verdict"]
+    assert summary["layers"] == [f"z{n}#0" for n in range(1, 6)]
+    assert summary["first"]["step"] == 0
+    assert len(summary["last"]["decades"]) == 5
+    assert (findings[0].sentence if findings else "Healthy") in diagnosis.as_markdown(findings)
+
+
+def test_notes():
+    assert notes(net()) == []
+    assert any("1000" in note.replace(",", "") for note in notes(net(planned=None)))
+    trace = net(loss=None)
+    trace.meta = {**trace.meta, "optimizer": {}}
+    trace.missing = [Missing("z1", 0, "g_W_norm", 0, 190, "frozen")]
+    told = " ".join(notes(trace))
+    assert all(word in told for word in ("no optimizer", "no loss", "frozen", "z1"))
+    with pytest.raises(ValueError, match="no sampled step"):
+        diagnose(net(steps=()))
+
+
+def test_judging_a_stored_run_costs_no_torch(tmp_path):
+    by(-4).save(tmp_path)
+    code = (
+        "import sys; from bpdiag.trace import Trace; from bpdiag import diagnosis as d; t = Trace.load(sys.argv[1]);"
+        "f = d.diagnose(t); d.write(t, f, sys.argv[1]); print(f[0].kind, 'torch' in sys.modules)"
+    )
+    line = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["vanishing", "False"]
+    assert (tmp_path / "findings.json").exists()
