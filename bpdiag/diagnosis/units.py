@@ -132,9 +132,8 @@ def dead_by_chance(cosine: float, batch: int) -> float:
 @functools.lru_cache(maxsize=100_000)
 def _integral(cosine: float, batch: int) -> float:
     slant = math.sqrt(cosine / (1 - cosine))
-    x = np.unique(
-        np.concatenate([np.linspace(-8, 8, 401), np.linspace(-10, 10, 401) / max(slant, 1)])
-    )  # dense in the fall
+    fall = np.linspace(-10, 10, 401) / max(slant, 1)  # where Phi falls from 1 to 0
+    x = np.unique(np.concatenate([np.linspace(-8, 8, 401), fall]))
     silent = np.array([0.5 * math.erfc(v * slant / math.sqrt(2)) for v in x])
     y = np.exp(-x * x / 2) * silent**batch
     return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2 / math.sqrt(2 * math.pi))
