@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,25 @@ MOST_NODES = 10_000  # of the graph looked at between two layers
 
 # nodes that move numbers about and change none
 SHAPE_NODES = (
-    "View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Alias", "Expand",
+    "View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Alias",
 )  # fmt: skip
+
+
+class _Hook:
+    """A hook that a copy or a pickle of the model does not take along: there it does nothing."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self.call is not None:
+            self.call(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,6 +103,7 @@ class Recorder:
             self._always.append(optimizer.register_step_pre_hook(self._before_step))
         if self.optimizers:
             self._always.append(self.optimizers[-1].register_step_post_hook(lambda *_: self.end_step()))
+        self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self._arm_if_due()
 
     def stop(self) -> None:
@@ -95,7 +113,7 @@ class Recorder:
             handle.remove()
         self._always.clear()
         if any(column.startswith("g_") for call in self._calls for column in call.values):
-            self._weights_before()
+            self._weights_before(self._weights())
             self._finish("the watching ended before the update")
         elif self._losses:
             self._send(Sample(self.step, self.layers, [], self._read([])))
@@ -103,14 +121,12 @@ class Recorder:
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
-        self._losses.append((self.step, loss.detach() if isinstance(loss, Tensor) else float(loss)))
+        self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
 
     def end_step(self) -> None:
         """The optimizer has stepped: finish the sample if this step was one, arm for the next if it is one."""
         if self._handles:
             if self._calls:
-                if not self.optimizers:
-                    self._weights_before(gradients_only=True)
                 self._finish()
             self._disarm()
             self._forget()
@@ -121,12 +137,13 @@ class Recorder:
         if self.step % self.every:
             return
         self._names = {module: name for name, module in self.model.named_modules()}
-        self._handles.append(self.model.register_forward_pre_hook(self._new_pass))
+        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
         for module in self._names:
             if not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False)):
-                self._handles.append(module.register_forward_hook(self._forward))
+                self._handles.append(module.register_forward_hook(_Hook(self._forward), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
         if not self.optimizers:
-            self._copies = {p: p.detach().clone() for p in self.model.parameters()}
+            self._copies = {p: p.detach().clone() for p in self._weights()}
 
     def _disarm(self) -> None:
         for handle in self._handles:
@@ -137,6 +154,7 @@ class Recorder:
         self._calls: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
         self._made_by: dict[tuple[Any, int], Call] = {}  # (node, output number) -> the call whose output it is
+        self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._pass = -1
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
@@ -153,7 +171,13 @@ class Recorder:
         call.values[f"{tensor}_norm"] = statistics.norm(x)
         call.sizes[tensor] = x.numel()
 
-    def _forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _given_out(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The model's output reads layers too: the loss may be computed from any of it."""
+        if torch.is_grad_enabled() and not _recomputing():
+            for out in _leaves(output):
+                self._given |= dict.fromkeys(self._parents(out))
+
+    def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.is_grad_enabled() or _recomputing() or self._pass >= MOST_PASSES:
             return
         out = next((t for t in _leaves(output) if t.is_floating_point() or t.is_complex()), None)
@@ -179,21 +203,22 @@ class Recorder:
         )
         self._calls.append(call)
         self._measure(call, call.tensor, out)
+        x = next((t for t in _leaves((args, kwargs)) if t.is_floating_point()), None)
         if rule:
-            self._measure_slope(call, rule, out if rule.saves == "output" else args[0])
+            self._measure_slope(call, rule, out if rule.saves == "output" else x)
         if call.fan_in is not None:
             call.values["z_cosine"] = statistics.mean_cosine(out)
-            self._measure_input(call, args)
+        if x is not None and not any(True for _ in module.children()):
+            self._measure_input(call, x)
         if out.requires_grad:
+            handle = out.register_hook(lambda g: self._measure(call, f"g_{call.tensor}", g))
             if out.grad_fn is not None:
                 self._made_by[out.grad_fn, out.output_nr] = call
-            out.register_hook(lambda g: self._measure(call, f"g_{call.tensor}", g))
+            else:  # a parameter or an input handed on: it outlives the step
+                self._handles.append(handle)
 
-    def _measure_input(self, call: Call, args: Any) -> None:
+    def _measure_input(self, call: Call, x: Tensor) -> None:
         """The data, if no watched layer feeds this one; an activation, if it was a function call and no module."""
-        x = next((t for t in _leaves(args) if t.is_floating_point()), None)
-        if x is None:
-            return
         if not call.parents:
             call.values["x_rms"] = statistics.rms(x)
             return
@@ -206,6 +231,8 @@ class Recorder:
             owner.rule = rule
             self._measure(owner, "a", x)
             self._measure_slope(owner, rule, x)
+        if owner is None and call.fan_in is None:
+            return
 
         def arrived(g: Tensor) -> None:
             self._measure(call, "_entering", g)
@@ -252,16 +279,25 @@ class Recorder:
 
     # ---- update --------------------------------------------------------------------------------------
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._handles:
-            self._weights_before()
+    def _weights(self) -> list[nn.Parameter]:
+        """The weights of the calls of this step; before any call those of all modules."""
+        called = {call.weight: None for call in self._calls if call.weight is not None}
+        return list(
+            called or {m._parameters["weight"]: None for m in self._names if m._parameters.get("weight") is not None}
+        )
 
-    def _weights_before(self, gradients_only: bool = False) -> None:
-        for p in {call.weight: None for call in self._calls if call.weight is not None}:
-            if p.grad is not None:
-                self._gradients[p] = statistics.norm(p.grad)
-            if not gradients_only:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Copy what this optimizer is about to change; the last one also takes what none of them owns."""
+        if self._handles:
+            default = self.optimizers[-1]
+            self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
+
+    def _weights_before(self, weights: Sequence[nn.Parameter]) -> None:
+        for p in weights:
+            if p not in self._copies:
                 self._copies[p] = p.detach().clone()
+                if p.grad is not None and self._calls:  # before any call, as for a closure, it is not this step's
+                    self._gradients[p] = statistics.norm(p.grad)
 
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
@@ -278,6 +314,8 @@ class Recorder:
                         statistics.rms(update),
                         statistics.update_ratio(update, before),
                     )
+            if p not in self._gradients and p.grad is not None:  # a closure's, or a loop's without an optimizer
+                self._gradients[p] = statistics.norm(p.grad)
             if p in self._gradients:
                 told["g_W_norm"] = self._gradients[p]
         for call in self._calls:
@@ -289,7 +327,9 @@ class Recorder:
             if "g_W_norm" not in call.values:
                 frozen = not call.weight.requires_grad
                 missing.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
-        losses = self._read([call.values for call in self._calls])
+        group = self.optimizers[0].param_groups[0] if self.optimizers else {}
+        rate = {"lr": group["lr"]} if "lr" in group else {}
+        losses = self._read([*(call.values for call in self._calls), rate])
         missing += self._derive()
         self._enter_layers()
         rows = []
@@ -297,9 +337,7 @@ class Recorder:
             told = {column: float(value) for column, value in call.values.items() if column in COLUMNS}
             rows.append((call.backward, self._index[call.name, call.number], told))
         gaps = [(self._index[call.name, call.number], column, reason) for call, column, reason in missing]
-        rate = self.optimizers[0].param_groups[0].get("lr") if self.optimizers else None
-        rate = float(rate) if rate is not None else None
-        self._send(Sample(self.step, self.layers, rows, losses, rate, gaps))
+        self._send(Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, gaps))
 
     def _send(self, sample: Sample) -> None:
         for sink in self.sinks:
@@ -317,7 +355,7 @@ class Recorder:
         for table, key in places:
             by_device.setdefault(table[key].device, []).append((table, key))
         for group in by_device.values():
-            numbers = torch.stack([table[key] for table, key in group]).tolist()
+            numbers = torch.stack([table[key].to(torch.float64) for table, key in group]).tolist()
             for (table, key), number in zip(group, numbers, strict=True):
                 table[key] = number
         of_step: dict[int, list[float]] = {}
@@ -341,7 +379,7 @@ class Recorder:
                 call.values["update_ratio"] = _ratio(call.values["dW_rms"], call.values["W_rms"])
             for parent in call.parents:
                 readers.setdefault(parent, []).append(call)
-        self._ways = {call: _way(call, readers) for call in self._calls if call.fan_in is not None}
+        self._ways = {call: _way(call, readers, self._given) for call in self._calls if call.fan_in is not None}
         for number in sorted({call.backward for call in self._calls}):
             weighted = [c for c in self._ways if c.backward == number and "g_z_norm" in c.values]
             top = weighted[-1].values["g_z_norm"] if weighted else math.nan
@@ -416,6 +454,18 @@ def describe(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     return {"name": type(optimizer).__name__, "sgd_like": isinstance(optimizer, torch.optim.SGD), **told}
 
 
+def kind_of_loss(loss: Tensor) -> str:
+    """cross_entropy where autograd's graph shows one within a few nodes of the loss, else unknown."""
+    stack, seen = [loss.grad_fn], 0
+    while stack and seen < 32:
+        node, seen = stack.pop(0), seen + 1
+        if node is not None:
+            if any(word in node.name() for word in ("NllLoss", "CrossEntropy")):
+                return "cross_entropy"
+            stack += [below for below, _ in node.next_functions]
+    return "unknown"
+
+
 def _recomputing() -> bool:
     """Whether a backward is under way: a forward inside it is a checkpoint's recomputation, not a new call."""
     return torch._C._current_graph_task_id() != -1
@@ -469,15 +519,18 @@ def _unit_dim(call: Call, x: Tensor | None) -> int:
     return 1 if dims == 2 or dims > 3 or (dims == 3 and convolved) else -1
 
 
-def _way(call: Call, readers: dict[Call, list[Call]]) -> tuple[tuple[Call, ...], Call | None, str]:
+def _way(
+    call: Call, readers: dict[Call, list[Call]], given: Collection[Call]
+) -> tuple[tuple[Call, ...], Call | None, str]:
     """(calls passed, next weight layer, why there is none): upwards as long as each output has one reader."""
     way: list[Call] = []
     while True:
         above = readers.get(call, [])
         if not above:
             return tuple(way), None, "no watched layer reads its output" if way else "the last layer: nothing above it"
-        if len(above) > 1:
-            return tuple(way), None, f"its output is read by {len(above)} layers: the way up forks"
+        if len(above) > 1 or call in given:
+            also = " and the model's output" if call in given else ""
+            return tuple(way), None, f"its output is read by {len(above)} layers{also}: the way up forks"
         call = above[0]
         if call.fan_in is not None:
             return tuple(way), call, ""

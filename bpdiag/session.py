@@ -59,8 +59,8 @@ def watch(
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: a torch.nn.Module; got {type(model).__name__}")
     for name, value in (("every", every), ("planned_steps", planned_steps)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name}={value}: must be at least 1")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UsageError(f"{name}={value!r}: must be a whole number, 1 or more")
     return Watch(model, optimizers, every, planned_steps, log)
 
 
@@ -114,18 +114,23 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._running().stop()
-        self._writer.close()
         self._closed = True
-        if self._board is not None:
-            findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
-            diagnosis.write(self.trace, findings, self._log)
-            self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
-            self._board.close()
+        try:
+            self._running().stop()
+            self._writer.close()
+            if self._board is not None:
+                findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
+                diagnosis.write(self.trace, findings, self._log)
+                self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
+        finally:
+            if self._board is not None:
+                self._board.close()
 
     def loss(self, loss: Tensor) -> Tensor:
         """Note the step's loss, of every step, and return it; read by the host with the next sample."""
         self._running().add_loss(loss)
+        if isinstance(loss, Tensor) and loss.grad_fn is not None and "loss" not in self._writer.meta:
+            self._writer.meta["loss"] = hooks.kind_of_loss(loss)
         return loss
 
     def step(self) -> None:

@@ -63,6 +63,8 @@ def diagnose(trace: Trace) -> list[Finding]:
 def notes(trace: Trace) -> list[str]:
     """What a reader of the findings must know and is no fault."""
     told = []
+    if not len(trace.sampled_steps):
+        told.append("nothing was measured")
     if not trace.meta.get("planned_steps"):
         told.append(f"planned_steps was not given: harm is judged over {ASSUMED_STEPS} steps")
     if not trace.meta.get("optimizer"):
@@ -86,6 +88,14 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 def summarize(trace: Trace, findings: Sequence[Finding]) -> dict[str, Any]:
     """First and last finite profile and the verdict: enough to show a run among a thousand."""
+    if not len(trace.sampled_steps):
+        return {
+            "schema": 1,
+            "verdict": "not measured",
+            "sentence": "Nothing was measured.",
+            "layers": [],
+            "findings": [],
+        }
     p = profile(trace)
     shown = np.flatnonzero(p.finite) if p.finite.any() else np.arange(min(1, len(p.steps)))
     at = {"first": int(shown[0]), "last": int(shown[-1])}

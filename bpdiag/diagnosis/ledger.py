@@ -157,7 +157,7 @@ def _finite(trace: Trace) -> np.ndarray:
 def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
 
-    Converged: below a tenth of ln K, K the outputs, or of its first value and half of ln K (a start far above guessing
+    Converged: below a tenth of ln K, K the outputs (where the loss is a cross-entropy), or of its first value and half of ln K (a start far above guessing
     is no merit of guessing).  A plateau, of 20 steps at least: within a
     tenth of what guessing costs, or above half of it and fallen by under 2 % of its first value in the second half.
     """
@@ -175,7 +175,8 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.
 
     width = np.maximum(10, count // 10)
     now, half_way = mean_to(count, width), mean_to(count // 2, width)
-    first, guessing = losses[0], math.log(max(trace.layers[lines[-1]].units or 1, 1))
+    first, classes = losses[0], trace.layers[lines[-1]].units or 1
+    guessing = math.log(classes) if trace.meta.get("loss", "cross_entropy") == "cross_entropy" else 0.0
     low = (now < CONVERGED * guessing) | ((now < CONVERGED * first) & ((guessing == 0) | (now < guessing / 2)))
     converged = (count > 0) & low
     stands = min(first, guessing) if guessing > 0 else first
