@@ -208,7 +208,7 @@ class Recorder:
             self._measure_slope(call, rule, out if rule.saves == "output" else x)
         if call.fan_in is not None:
             call.values["z_cosine"] = statistics.mean_cosine(out)
-        if x is not None and not any(True for _ in module.children()):
+        if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
             self._measure_input(call, x)
         if out.requires_grad:
             handle = out.register_hook(lambda g: self._measure(call, f"g_{call.tensor}", g))

@@ -345,7 +345,7 @@ def test_an_evaluation_without_grad_is_not_recorded():
 def test_wrong_arguments():
     model = mlp()
     for wrong in ({"every": 0}, {"every": -1}, {"every": "2"}, {"every": 1.5}, {"planned_steps": 0}):
-        with pytest.raises(UsageError, match="must be at least 1"):
+        with pytest.raises(UsageError, match="must be a whole number, 1 or more"):
             watch(model, **wrong)
     for wrong in ("adam", model.parameters(), [sgd(model), None], torch.optim.SGD):
         with pytest.raises(UsageError, match=r"torch\.optim\.Optimizer"):

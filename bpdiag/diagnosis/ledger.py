@@ -157,9 +157,9 @@ def _finite(trace: Trace) -> np.ndarray:
 def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
 
-    Converged: below a tenth of ln K, K the outputs (where the loss is a cross-entropy), or of its first value and half of ln K (a start far above guessing
-    is no merit of guessing).  A plateau, of 20 steps at least: within a
-    tenth of what guessing costs, or above half of it and fallen by under 2 % of its first value in the second half.
+    Converged: below a tenth of ln K, K the outputs (where the loss is a cross-entropy), or of its first value and half of
+    ln K (a start far above guessing is no merit of guessing).  A plateau, of 20 steps at least: within a tenth of what
+    guessing costs, or above half of it and fallen by under 2 % of it in the second half.
     """
     steps, losses = trace.losses
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
