@@ -157,9 +157,9 @@ def _finite(trace: Trace) -> np.ndarray:
 def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
 
-    Converged: below a tenth of ln K, K the outputs (where the loss is a cross-entropy), or of its first value and half of
-    ln K (a start far above guessing is no merit of guessing).  A plateau, of 20 steps at least: within a tenth of what
-    guessing costs, or above half of it and fallen by under 2 % of it in the second half.
+    Guessing costs ln K, K the outputs, where the loss is a cross-entropy.  Converged: below a tenth of that, or below a
+    tenth of its first value and half of that (a start far above guessing makes guessing no merit).  A plateau, of 20
+    steps at least: within a tenth of guessing, or above half of it and fallen by under 2 % of it in the second half.
     """
     steps, losses = trace.losses
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
