@@ -137,7 +137,7 @@ def _train(arguments: list[str]) -> int:
     told = get_args_parser().parse_args(arguments)
     with _as_argv(arguments):
         try:
-            if not (told.cfg or told.info or told.hydra_help or told.shell_completion):
+            if not (told.info or told.hydra_help or told.shell_completion):
                 _check(told.overrides, told.multirun, told.config_dir)
             hydra.main(version_base="1.3", config_path=str(conf()), config_name="config")(_job)()
         except JobsFailedError as error:
@@ -221,6 +221,8 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
         if not multirun and base.hydra.mode is not RunMode.MULTIRUN:
             if swept:
                 raise UsageError(f"{swept[0]}: several values make several runs; add -m")
+            if (Path(base.hydra.run.dir) / "trace").exists():  # Hydra would write its own files over the old ones
+                raise UsageError(f"{base.hydra.run.dir}: already holds a run; choose another hydra.run.dir")
             jobs = [fixed]
         elif base.hydra.sweeper._target_.endswith("BasicSweeper"):
             params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
@@ -253,7 +255,13 @@ def _check_key(override: Any, config_dir: str | None) -> None:
     if key in groups and not override.is_sweep_override() and override.value() is not None:
         theirs = [path.stem for path in (Path(config_dir) / key).glob("*.yaml")] if config_dir else []
         choose(key, str(override.value()), [*loader.get_group_options(key), *theirs])
-    elif key not in known and key not in groups and not any(k.startswith(f"{key}.") for k in known):
+    inside = [k for k in known if k.startswith(f"{key}.")]
+    if inside and not isinstance(override.value(), dict):
+        given = override.get_value_element_as_str()
+        raise UsageError(
+            f"{key}={given}: {key} has keys of its own: {', '.join(inside)}; did you mean {inside[0]}={given}?"
+        )
+    if key not in known and key not in groups and not inside:
         raise UsageError(f"{key}: unknown key; {nearest(key, [*known, *groups])}")
 
 
@@ -261,7 +269,9 @@ def _in_short(error: BaseException) -> str:
     """Hydra's and OmegaConf's words on two lines at the most."""
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
     key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
-    return f"{key}: {lines[0]}" if key and key not in lines[0] else "\n".join(lines[:2])
+    if key:
+        return lines[0] if key in lines[0] else f"{key}: {lines[0]}"
+    return "; ".join(line for line in lines[:2] if not line.endswith(":"))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.lr": (0, 1e6),
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, 1e6),
-    "training.epochs": (0, 1_000_000),
+    "training.epochs": (1, 1_000_000),
     "training.steps": (0, 10**12),
     "training.threads": (1, 1024),
     "watch.every": (1, 10**12),

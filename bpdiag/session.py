@@ -59,7 +59,8 @@ def watch(
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: a torch.nn.Module; got {type(model).__name__}")
     for name, value in (("every", every), ("planned_steps", planned_steps)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        whole = hasattr(type(value), "__index__") and not isinstance(value, bool)  # numpy's integers too
+        if value is not None and not (whole and value >= 1):
             raise UsageError(f"{name}={value!r}: must be a whole number, 1 or more")
     return Watch(model, optimizers, every, planned_steps, log)
 
@@ -128,6 +129,8 @@ class Watch:
 
     def loss(self, loss: Tensor) -> Tensor:
         """Note the step's loss, of every step, and return it; read by the host with the next sample."""
+        if not isinstance(loss, Tensor | float | int):
+            raise UsageError(f"watch.loss takes the loss, a tensor or a number; got {type(loss).__name__}")
         self._running().add_loss(loss)
         if isinstance(loss, Tensor) and loss.grad_fn is not None and "loss" not in self._writer.meta:
             self._writer.meta["loss"] = hooks.kind_of_loss(loss)

@@ -48,6 +48,24 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.float64)
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The widest dtype a device can reduce in: float64 but where there is none (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean of all elements, of bools the share that is true.
+
+    Returns:
+        () float64; nan for no elements.
+
+    Example:
+        >>> mean(torch.tensor([True, False, False, False])).item()
+        0.25
+    """
+    return x.to(wide(x.device)).mean()
+
+
 @statistic(of="any", degree=1)
 def norm(x: Tensor) -> Tensor:
     """‖x‖ = sqrt(sum of x^2), over all elements, batch included.
@@ -64,12 +82,12 @@ def norm(x: Tensor) -> Tensor:
         (5.0, True)
     """
     x = dense(x)
-    if x.dtype == torch.float64:
+    if x.dtype == wide(x.device):
         largest = x.abs().amax() if x.numel() else x.new_zeros(())
         usable = torch.isfinite(largest) & (largest > 0)
         scale = torch.where(usable, largest, 1.0)
         return torch.linalg.vector_norm(x / scale) * scale
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
+    return torch.linalg.vector_norm(x, dtype=wide(x.device))
 
 
 @statistic(of="any", degree=1)
@@ -109,7 +127,7 @@ def saturated_fraction(slope: Tensor, largest_slope: float | None = None) -> Ten
     size = dense(slope).abs()
     if largest_slope is None:
         largest_slope = size.amax() if size.numel() else 1.0
-    return (size < 0.05 * largest_slope).to(torch.float64).mean()
+    return mean(size < 0.05 * largest_slope)
 
 
 def alive_units(slope: Tensor, unit_dim: int) -> Tensor:
@@ -152,12 +170,12 @@ def mean_cosine(z: Tensor) -> Tensor:
     z = dense(z)
     samples = z.shape[0] if z.dim() else 0
     if samples < 2:
-        return torch.full((), float("nan"), dtype=torch.float64, device=z.device)
+        return torch.full((), float("nan"), dtype=wide(z.device), device=z.device)
     rows = z.reshape(samples, -1)
     rows = rows.float() if rows.element_size() < 4 else rows
     rows = rows / rows.abs().amax(1, keepdim=True)  # else the squares of 1e30 or 1e-30 leave the number format
     units = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    total = torch.linalg.vector_norm(units.sum(0), dtype=torch.float64)
+    total = torch.linalg.vector_norm(units.sum(0), dtype=wide(z.device))
     return (total * total - samples) / (samples * (samples - 1))
 
 

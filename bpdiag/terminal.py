@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ GLYPHS = {
     "dies later": "▽",
     "blows up": "▲",
     "not finite": "✕",
+    "not measured": "–",
 }
 STYLES = {
     "lives": "default",
@@ -42,6 +44,7 @@ STYLES = {
     "dies later": "bold blue",
     "blows up": "bold yellow",
     "not finite": "bold magenta",
+    "not measured": "dim",
 }
 BAR = 24  # cells of the widest bar
 
@@ -66,7 +69,7 @@ def layer_table(p: Profile, at: int) -> Table:
     decades = p.decades[at]
     limit = -math.log10(p.planned)
     finite = decades[np.isfinite(decades)]
-    deepest = max(abs(limit) * 1.2, float(np.abs(finite).max(initial=0)))
+    deepest = max(abs(limit) * 1.2, float(np.abs(finite).max(initial=0)), 1.0)
     for row in reversed(range(len(p.lines))):
         line = p.lines[row]
         layer = trace.layers[line]
@@ -91,7 +94,7 @@ def _at(trace: Trace, column: str, at: int, lines: Sequence[int]) -> float:
 
 
 def _bar(decades: float, deepest: float, limit: float) -> Text:
-    """A bar as long as what is lost (▒, blue) or gained (█, orange), and the limit 1/T on its scale."""
+    """A bar as long as what is lost (█, blue) or gained (▒, orange), and the limit 1/T on its scale."""
     if math.isnan(decades):
         return Text("not measured", style="dim")
     if math.isinf(decades):
@@ -99,7 +102,7 @@ def _bar(decades: float, deepest: float, limit: float) -> Text:
     scale = BAR / deepest
     cells = round(abs(decades) * scale)
     mark = round(abs(limit) * scale)
-    text = list("█" * cells + " " * (max(BAR, cells) + 1 - cells))
+    text = list(("█" if decades < 0 else "▒") * cells + " " * (max(BAR, cells) + 1 - cells))
     if cells <= mark < len(text):
         text[mark] = "|"
     return Text("".join(text), style="blue" if decades < 0 else "yellow")
@@ -158,8 +161,13 @@ def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None,
         out.print(f"  note: {note}", style="dim")
     if folder is not None:
         out.print()
-        out.print(f"run folder   {escape(str(folder))}")
-        out.print(f"look closer  tensorboard --logdir {escape(str(folder))}")
+        where_to_look(folder, out)
+
+
+def where_to_look(folder: Path | str, out: Console) -> None:
+    """The folder and the command that shows it, each on a line of its own, to be copied whole."""
+    out.print(Text(f"run folder   {folder}"), soft_wrap=True)
+    out.print(Text(f"look closer  tensorboard --logdir {shlex.quote(str(folder))}"), soft_wrap=True)
 
 
 def brief(run: Path, trace: Trace, findings: Sequence[Finding], out: Console) -> None:
@@ -231,8 +239,7 @@ class Grid:
         for values, error in self.failures:
             self.err.print(f"failed: {escape(' '.join(values))}: {type(error).__name__}: {escape(str(error))}")
         self.out.print(f"\n{self.done} of {self.jobs} jobs in {seconds:.0f} s, {len(self.failures)} failed")
-        self.out.print(f"run folders  {escape(str(self.folder))}")
-        self.out.print(f"look closer  tensorboard --logdir {escape(str(self.folder))}")
+        where_to_look(self.folder, self.out)
 
     def _table(self) -> Table:
         keys = [key for key in self.keys if key != "seed"]

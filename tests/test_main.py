@@ -124,6 +124,9 @@ BAD = [
     (["-m", "model.depth=5,0"], "job model.depth=0"),
     (["-m", "experiment=vanishing", "model.depth=5,x"], "could not be converted"),
     (["model={depth:3,foo:1}"], "foo"),
+    (["optimizer=adam"], "did you mean optimizer.name=adam"),
+    (["--cfg", "job", "+unknown=1"], "unknown key"),
+    (["training.epochs=0"], "training.epochs=0: must be from 1"),
     (["'model.depth=[1'"], "model.depth"),
     (["hydra.launcher.nonsuch=1"], "nonsuch"),
     (["nonsense"], "unknown command"),
@@ -154,10 +157,10 @@ def test_a_corrupt_data_file_is_named(tmp_path, capsys):
 
 def test_a_used_folder_is_refused_and_untouched(capsys):
     assert main([*QUICK, "hydra.run.dir=here"]) == 0
-    kept = Path("here/metrics.json").read_bytes()
-    assert main([*QUICK, "hydra.run.dir=here"]) == 2
+    kept = {path: path.read_bytes() for path in Path("here").rglob("*") if path.is_file()}
+    assert main([*QUICK, "model.depth=7", "hydra.run.dir=here"]) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert Path("here/metrics.json").read_bytes() == kept
+    assert {path: path.read_bytes() for path in Path("here").rglob("*") if path.is_file()} == kept
 
 
 def test_stored_runs_are_judged_again_without_torch(capsys):

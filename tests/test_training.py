@@ -132,6 +132,7 @@ def test_denormals_and_threads_are_restored(before):
         ({"training": TrainingConfig(dtype="float3")}, "training.dtype=float3: unknown"),
         ({"optimizer": OptimizerConfig(name="sdg")}, "did you mean 'sgd'"),
         ({"optimizer": OptimizerConfig(lr=math.nan)}, "optimizer.lr=nan"),
+        ({"training": TrainingConfig(epochs=0)}, "training.epochs=0: must be from 1"),
         ({"data": DataConfig(root="/nonsuch")}, "no such folder"),
     ],
 )
@@ -141,9 +142,9 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path, cha
     assert not (tmp_path / "run").exists()
 
 
-def test_no_step_at_all_is_no_error():
-    result = training.train(Config(training=TrainingConfig(epochs=0)))
-    assert result.metrics["steps"] == 0
+def test_one_step_of_one_layer_is_judged_in_silence():
+    result = training.train(small(steps=1, depth=1))
+    assert result.metrics["steps"] == 1
     assert result.findings == []
 
 

@@ -89,5 +89,7 @@ def _labels(layers: Sequence[Layer]) -> dict[int, str]:
     for index, layer in enumerate(layers):
         number += layer.is_weight_layer
         if layer.is_weight_layer or layer.activation:
-            labels[index] = f"{number:0{digits}d}_{layer.kind}"
+            label = f"{number:0{digits}d}_{layer.kind}"
+            again = sum(taken == label or taken.startswith(f"{label}.") for taken in labels.values())
+            labels[index] = f"{label}.{again + 1}" if again else label
     return labels

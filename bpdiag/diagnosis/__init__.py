@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from bpdiag.diagnosis.finding import Finding
+from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
+from bpdiag.diagnosis.harm import LUCK
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
@@ -49,8 +50,13 @@ def diagnose(trace: Trace) -> list[Finding]:
     """What is wrong with the run, worst first; empty for a healthy one.
 
     Raises:
+        TypeError: It is no trace: of a watch, its ``trace`` is one.
         ValueError: The trace has no sampled step.
     """
+    if not isinstance(trace, Trace):
+        raise TypeError(
+            f"diagnose takes a Trace, as `watch.trace` or `Trace.load(RUN)` give; got {type(trace).__name__}"
+        )
     if not len(trace.sampled_steps):
         raise ValueError("the trace has no sampled step: nothing was measured")
     p = profile(trace)
@@ -94,7 +100,10 @@ def summarize(trace: Trace, findings: Sequence[Finding]) -> dict[str, Any]:
             "verdict": "not measured",
             "sentence": "Nothing was measured.",
             "layers": [],
+            "decades_first_layer": math.nan,
             "findings": [],
+            "first": (nothing := {"step": -1, "decades": [], "backward_gain": [], "gain_per_layer": math.nan}),
+            "last": nothing,
         }
     p = profile(trace)
     shown = np.flatnonzero(p.finite) if p.finite.any() else np.arange(min(1, len(p.steps)))
@@ -125,9 +134,13 @@ def healthy_sentence(p: Profile, at: int) -> str:
     """What a healthy net is told: how much of the output's gradient reaches its first layer."""
     if not p.lines:
         return "No weight layer received a gradient: there is nothing to judge."
-    share = 10 ** p.decades[at, 0] if np.isfinite(p.decades[at, 0]) else math.nan
-    name = p.names([0])[0].removesuffix("#0")
-    return f"The gradient lives: {name} receives {share:.2g} of what the output sends."
+    name, decades = p.names([0])[0].removesuffix("#0"), p.decades[at, 0]
+    if math.isnan(decades):
+        return f"Nothing to judge: at step {p.steps[at]} no gradient was measured in {name}, or none left the output."
+    told = f"{name} receives {power(decades)} of what the output sends"
+    if decades < -LUCK:
+        return f"No fault found: {told}, and learns all the same or has no need to."
+    return f"The gradient lives: {told}."
 
 
 def write(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[str]) -> None:

@@ -36,8 +36,9 @@ def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, 
     evidence |= {f"share_{k}": v / total if total else math.nan for k, v in taken.items()}
     slips = [np.abs(typical[k][np.isfinite(typical[k])]) for k in ("weights", "slopes")]
     cause = max(taken, key=taken.get) if total else "depth"
-    if cause == "other":
-        cause = "normalization"
+    if cause == "other":  # what lies between: a normalization where there is one, else some function's slope
+        normalized = any("norm" in layer.kind for layer in p.trace.layers)
+        cause = "normalization" if normalized else "slopes"
     elif not cut and all(slip.mean() < SLIP for slip in slips if slip.size) and cause != "alignment":
         cause = "depth"
     return cause, evidence
@@ -122,7 +123,8 @@ def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: 
     if sign > 0:
         limit = f"over {planned:,} steps a rate that suits this layer leaves the top still"
     elif evidence["travel"] < LEAST_TRAVEL:
-        limit = f"over {planned:,} steps this layer can move its output by at most {evidence['travel']:.1g} of itself"
+        most = f"by at most {evidence['travel']:.1g} of itself" if evidence["travel"] > 0 else "not at all"
+        limit = f"over {planned:,} steps this layer can move its output {most}"
     else:
         limit = f"over {planned:,} steps a layer must receive 10^{real(-math.log10(planned))} or more to learn"
     if not ranked:
@@ -138,16 +140,20 @@ def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) 
     back = evidence.get({"weights": "decades_weights", "slopes": "decades_slopes"}.get(cause, ""), decades)
     after = decades - back
     goal = f"decades of the lowest layer from {real(decades)} to about {real(after)}"
+    if not math.isfinite(after):
+        goal = "a gradient in every layer: decades of the lowest layer to about 0"
+    ours = "config" in p.trace.meta  # a run of our own, with our keys
     activations = {layer.activation for layer in p.trace.layers if layer.activation}
     kind = next(iter(activations)) if len(activations) == 1 else "the activation"
     r = next((layer.r for layer in p.trace.layers if layer.r), 1.0)
     if cause == "weights":
         critical = f"{1 / r**2:.2g}"
-        preset = " (model.weight_variance=he)" if critical == "2" else ""
+        preset = " (model.weight_variance=he)" if critical == "2" and ours else ""
         return f"initialize {kind} layers at weight variance {critical}/fan_in{preset}, or orthogonally", goal
     if cause == "slopes":
         words = "take an activation whose slope is 1 where it passes, with its critical weights"
-        return f"{words} (model.activation=relu model.weight_variance=he), or normalize the preactivations", goal
+        keys = " (model.activation=relu model.weight_variance=he)" if ours else ""
+        return f"{words}{keys}, or normalize the preactivations", goal
     if cause == "alignment":
         return "normalize the preactivations, or initialize orthogonally", goal
     if cause == "normalization":

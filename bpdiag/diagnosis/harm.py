@@ -23,7 +23,8 @@ def harmed_layers(p: Profile) -> tuple[np.ndarray, np.ndarray]:
     * SGD: D < -log10 T: where the top layer stands steps of 1/sqrt(fan_in), this one gets 10^D of them;
     * any optimizer: D < -3 together with a plateau.
 
-    Too much is D > log10 T (SGD, or any optimizer on a plateau): the rate that the lowest layer stands starves the top.
+    Too much is D > log10 T and beyond luck (SGD, or any optimizer on a plateau): the rate that the lowest layer stands
+    starves the top.
     """
     return p.trace.once("harm", lambda: _harm(p))
 
@@ -38,7 +39,7 @@ def _harm(p: Profile) -> tuple[np.ndarray, np.ndarray]:
     starved = np.zeros_like(low) if not p.sgd_like else p.decades < -limit
     stuck = (p.decades < -ADAM_DECADES) & p.plateau[:, None]
     vanishing = open_ & low & (still | starved | stuck)
-    exploding = open_ & (p.decades > limit) & (p.plateau[:, None] | p.sgd_like)
+    exploding = open_ & (p.decades > max(limit, LUCK)) & (p.plateau[:, None] | p.sgd_like)
     return vanishing, exploding
 
 

@@ -100,14 +100,17 @@ def _ledger(trace: Trace, lines: list[int], gain: np.ndarray) -> dict[str, np.nd
         way = [i, *layer.via]
         carriers = [j for j in way if trace.layers[j].activation]
         r = math.prod(trace.layers[j].r or 1.0 for j in carriers)
-        size = sum(log("slope_rms", j) for j in carriers) if carriers else 0.0 * passed
-        own = _activation_factor(trace, way, carriers[0], log) if len(carriers) == 1 else passed
-        if not carriers and not layer.via:
-            size = passed  # functions we do not know: what they pass is theirs
+        own = passed  # the activation's own factor; one unknown to us, a module or a function, takes all that passes
+        if len(carriers) == 1:
+            own = _activation_factor(trace, way, carriers[0], log)
+        elif not carriers and any("norm" in trace.layers[j].kind for j in layer.via):
+            own = 0.0 * passed
+        measured = bool(carriers) and all(trace.column("slope_rms")[1][:, j].any() for j in carriers)
+        size = sum(log("slope_rms", j) for j in carriers) if measured else own
         out["weights"][:, at] = sig + math.log10(r)
         out["slopes"][:, at] = size - math.log10(r)
-        out["alignment"][:, at] = log("weight_factor", i) - sig + (own - size if carriers else 0.0)
-        out["other"][:, at] = passed - own if carriers else passed - size
+        out["alignment"][:, at] = log("weight_factor", i) - sig + own - size
+        out["other"][:, at] = passed - own
         # nobody took what the number format could not hold
         gone = (gain[:, at] == 0) & (trace.column("g_z_norm")[0][:, layer.next] < SMALLEST)
         for owner in out.values():
@@ -117,7 +120,7 @@ def _ledger(trace: Trace, lines: list[int], gain: np.ndarray) -> dict[str, np.nd
 
 def _activation_factor(trace: Trace, way: list[int], j: int, log: Callable[[str, int], np.ndarray]) -> np.ndarray:
     """log(|cotangent below phi| / |above it|) of the activation on row ``j``, apart from what else lies on the way."""
-    if trace.layers[j].kind != trace.layers[j].activation:  # a function call: both are on the row of the layer below
+    if trace.column("g_z_norm")[1][:, j].any():  # a function call: both are on the row of the layer below
         return log("g_z_norm", j) - log("g_a_norm", j)
     below = way[way.index(j) - 1]
     return log("g_z_norm", below) - log("g_a_norm", j)
@@ -133,7 +136,8 @@ def _travel(trace: Trace, lines: list[int], ratio: np.ndarray) -> np.ndarray:
 
     The median of the last five samples.  SGD's first steps are short while its momentum builds up: u / (1 - mu^(t+1)).
     """
-    momentum = min(float(trace.meta.get("optimizer", {}).get("momentum", 0.0)), 0.999)
+    optimizer = trace.meta.get("optimizer", {})
+    momentum = 0.0 if optimizer.get("begun") else min(float(optimizer.get("momentum", 0.0)), 0.999)
     ratio = ratio / (1 - momentum ** (trace.sampled_steps[:, None] + 1.0))
     recent = np.full((WINDOW, *ratio.shape), np.nan)
     for k in range(min(WINDOW, len(ratio))):
@@ -176,9 +180,10 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.
     width = np.maximum(10, count // 10)
     now, half_way = mean_to(count, width), mean_to(count // 2, width)
     first, classes = losses[0], trace.layers[lines[-1]].units or 1
-    guessing = math.log(classes) if trace.meta.get("loss", "cross_entropy") == "cross_entropy" else 0.0
+    kind = trace.meta.get("loss", "cross_entropy" if first >= math.log(classes) / 2 else "unknown")
+    guessing = math.log(classes) if kind == "cross_entropy" and losses.min() >= 0 else 0.0
     low = (now < CONVERGED * guessing) | ((now < CONVERGED * first) & ((guessing == 0) | (now < guessing / 2)))
-    converged = (count > 0) & low
+    converged = (count > 0) & low & (first > 0)
     stands = min(first, guessing) if guessing > 0 else first
     flat = (half_way - now < FLAT * stands) & (now > stands / 2)
     plateau = (count >= 20) & (flat | (now > (1 - CONVERGED) * stands))

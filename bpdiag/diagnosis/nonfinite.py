@@ -48,7 +48,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     if cause == "input":
         remedy, expected = "repair or drop the samples that are not finite", "every number finite"
     elif cause == "forward" and grown > 2:
-        remedy = "initialize at the critical weight variance (model.weight_variance=he)"
+        remedy = "initialize at the critical weight variance, 2/fan_in for relu, 1/fan_in for tanh"
         expected = f"forward gain per layer from {grown:.2g} to 1"
     else:
         reach = evidence.get("largest_reach_before", math.nan)

@@ -30,7 +30,8 @@ def dead_units(p: Profile) -> Iterator[Finding]:
     alike = [case for case in judged if case.severity == worst.severity]
     name, batches = worst.key.removesuffix("#0"), p.trace.layers[worst.line].window
     share, chance = percent(worst.dead), percent(worst.chance)
-    others = f", and many of {len(alike) - 1} more layers" if len(alike) > 1 else ""
+    more = len(alike) - 1
+    others = f", and many of {more} more layer{'s' * (more > 1)}" if more else ""
     yield Finding(
         kind="dead_units",
         severity=worst.severity,
@@ -75,8 +76,9 @@ def _judge(p: Profile, at: int, i: int, j: int) -> _Case | None:
     cosine = p.trace.column("z_cosine")[0][:, i]
     largest = (carrier.largest_slope or 1) / (carrier.r or 1)
     size = np.nan_to_num(p.ledger["slopes"][:, at] - math.log10(largest), nan=0.0)  # log10(rms slope / largest)
-    most = there & p.finite & (dead > MOST)
-    blocked = there & harmed_layers(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | most)
+    weightless = p.trace.column("W_rms")[0][:, i] == 0  # silent for another reason: nothing arrives
+    most = there & p.finite & (dead > MOST) & ~weightless
+    blocked = there & ~weightless & harmed_layers(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | most)
     batch = (layer.shape[0] if layer.shape else 1) * max(carrier.window, 1)
     chance = np.zeros(len(p.steps))
     for s in np.flatnonzero(most | blocked):

@@ -1,0 +1,137 @@
+"""One call of one module: what kind of layer it is, and the numbers it gathers during a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from bpdiag.rules import ACTIVATIONS, Activation
+
+# nodes of autograd's graph that move numbers about and change none
+SHAPE_NODES = (
+    "View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Alias",
+)  # fmt: skip
+NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)  # not elementwise
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of one module in the step being measured."""
+
+    module: nn.Module
+    name: str
+    number: int  # which call of this module in its forward pass
+    backward: int  # which forward pass of the step
+    shape: tuple[int, ...]
+    in_graph: bool
+    parents: tuple[Call, ...]
+    rule: type[Activation] | None = None  # whose slope this row carries
+    values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
+    events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
+
+    def __post_init__(self) -> None:
+        self.rule = rule_of(self.module)
+        self.tensor = "a" if self.rule or is_activation(self.module) else "z"
+        self.kind = self.rule.name if self.rule else type(self.module).__name__.lower()
+        self.r = (
+            self.rule.r
+            if self.rule
+            else next((r.r for r in ACTIVATIONS.values() if type(self.module) is r.oracle), None)
+        )
+        self.weight = weight_of(self.module)
+        self.fan_in = fan_in(self.module)
+        self.axis = self._axis()
+
+    def _axis(self) -> int:
+        """Where the units lie, from the end: channels stand before the positions a convolution counts."""
+        if isinstance(self.module, _ConvNd):
+            return -len(self.module.kernel_size) - 1
+        if isinstance(self.module, _NormBase):
+            return 1 - max(len(self.shape), 2)
+        if self.fan_in is not None or len(self.shape) < 3:
+            return -1
+        alike = [p.axis for p in self.parents if len(p.shape) == len(self.shape)]
+        return alike[0] if alike else (-1 if len(self.shape) == 3 else 1 - len(self.shape))
+
+    @property
+    def units(self) -> int | None:
+        """N_out, or channels, of a weight layer."""
+        return self.shape[self.axis] if self.fan_in is not None and len(self.shape) >= -self.axis else None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What names its line in the layer table."""
+        return self.name, self.number
+
+
+def leaves(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a nested output: tensor, mapping, list, tuple, dataclass."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for branch in tree.values():
+            yield from leaves(branch)
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from leaves(branch)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for f in dataclasses.fields(tree):
+            yield from leaves(getattr(tree, f.name))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether it computes something itself: it has no children, or parameters of its own."""
+    return not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+
+
+def rule_of(module: nn.Module) -> type[Activation] | None:
+    """The activation a module computes: our own say so, torch's are recognized."""
+    rule = getattr(module, "rule", None)
+    if isinstance(rule, type) and issubclass(rule, Activation):
+        return rule
+    return next((r for r in ACTIVATIONS.values() if r.is_done_by(module)), None)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether it is one of torch's elementwise activations, known to us by its rule or not."""
+    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, MIXING)
+
+
+def rule_that_made(x: Tensor) -> type[Activation] | None:
+    """The activation whose function call gave ``x``, looking through nodes that only move numbers about."""
+    node = x.grad_fn
+    while node is not None and node.name().removesuffix("0").removesuffix("Backward") in SHAPE_NODES:
+        node = node.next_functions[0][0]
+    rules = (r for r in ACTIVATIONS.values() if r.saves == "output")
+    return next((r for r in rules if node is not None and r.made(node)), None)
+
+
+def weight_of(module: nn.Module) -> nn.Parameter | None:
+    """Its weight, where it is a parameter that can be read: computed ones (weight_norm, pruning) cannot unasked."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.is_leaf and not is_lazy(weight) else None
+
+
+def fan_in(module: nn.Module) -> int | None:
+    """Products summed into one output: N_in, or C_in/groups times the kernel.  None: no weight matrix."""
+    if isinstance(module, NO_MATRIX):
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None:  # computed from others: their largest has its shape
+        parametrized = getattr(module, "parametrizations", None)
+        others = parametrized["weight"].parameters() if parametrized is not None and "weight" in parametrized else ()
+        others = [*others, *(p for n, p in module._parameters.items() if n.startswith("weight_") and p is not None)]
+        weight = max(others, key=Tensor.numel, default=None) if isinstance(module, nn.Linear | _ConvNd) else None
+    if weight is None or is_lazy(weight) or weight.dim() < 2:
+        return None
+    if getattr(module, "transposed", False):  # weight (C_in, C_out/groups, kernel)
+        return weight.numel() // (weight.shape[1] * module.groups)
+    return weight.numel() // max(weight.shape[0], 1)

@@ -1,0 +1,420 @@
+"""Puts hooks on a model for the sampled steps, gathers numbers, reads them once, hands the sample to the sinks."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bpdiag import statistics
+from bpdiag.config import UsageError
+from bpdiag.hooks.call import Call, is_leaf, leaves, rule_that_made, weight_of
+from bpdiag.hooks.gains import Gap, Way, derive
+from bpdiag.rules import Activation
+from bpdiag.trace import COLUMNS, Layer, Sample, Sink
+
+DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
+MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
+MOST_NODES = 10_000  # of the graph looked at between two layers
+
+
+class _Hook:
+    """A hook that a copy or a pickle of the model does not take along: there it does nothing."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> None:
+        if self.call is not None:
+            self.call(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+class Recorder:
+    """Measures ``model`` on steps 0, N, 2N, ... and gives each ``Sample`` to the sinks.
+
+    A step ends when the last of ``optimizers`` has stepped, or at ``end_step()``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        sinks: Sequence[Sink],
+        every: int = 1,
+    ) -> None:
+        self.model, self.optimizers, self.sinks, self.every = model, list(optimizers), list(sinks), every
+        self.step = 0
+        self.last_loss = math.nan
+        self.layers: list[Layer] = []
+        self._index: dict[tuple[str, int], int] = {}
+        self._names: dict[nn.Module, str] = {}
+        self._always: list[Any] = []  # hooks on optimizers
+        self._handles: list[Any] = []  # hooks on modules, while armed
+        self._silence: dict[tuple[str, int], deque[Tensor]] = {}
+        self._losses: list[tuple[int, Tensor | float]] = []
+        self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        self._forget()
+
+    # ---- life ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin with step 0; where that fails, nothing is left on the model."""
+        try:
+            for optimizer in self.optimizers:
+                self._always.append(optimizer.register_step_pre_hook(self._before_step))
+            if self.optimizers:
+                self._always.append(self.optimizers[-1].register_step_post_hook(lambda *_: self.end_step()))
+            self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
+            self._arm_if_due()
+        except RuntimeError as error:  # a scripted module takes no hooks
+            self.stop()
+            raise UsageError(f"model: {type(self.model).__name__} cannot be watched: {error}") from error
+
+    def stop(self) -> None:
+        """Remove every hook; a step whose gradients came but whose update did not is kept, with that said."""
+        self._disarm()
+        for handle in self._always:
+            handle.remove()
+        self._always.clear()
+        if any(call.events for call in self._calls):
+            self._weights_before(self._weights())
+            self._finish("the watching ended before the update")
+        elif self._losses:
+            self._send(Sample(self.step, self.layers, [], self._read([])))
+        self._forget()
+
+    def add_loss(self, loss: Tensor | float) -> None:
+        """Remember this step's loss; read with the next sample."""
+        # a clone: `loss /= 4` would change what a mere detach shares
+        self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
+
+    def end_step(self) -> None:
+        """The optimizer has stepped: finish the sample if this step was one, arm for the next if it is one."""
+        if self._handles:
+            if self._calls:
+                self._finish()
+            self._disarm()
+            self._forget()
+        self.step += 1
+        self._arm_if_due()
+
+    def _arm_if_due(self) -> None:
+        if self.step % self.every:
+            return
+        self._names = {module: name for name, module in self.model.named_modules()}
+        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
+        for module in self._names:
+            if is_leaf(module):
+                self._handles.append(module.register_forward_hook(_Hook(self._forward), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
+        if not self.optimizers:
+            self._copies = {p: p.detach().clone() for p in self._weights()}
+
+    def _disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _forget(self) -> None:
+        self._calls: list[Call] = []
+        self._counts: dict[nn.Module, int] = {}
+        self._made_by: dict[tuple[Any, int], Call] = {}  # (node, output number) -> the call whose output it is
+        self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._pass = 0
+        self._copies: dict[nn.Parameter, Tensor] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    # ---- forward -------------------------------------------------------------------------------------
+
+    def _new_pass(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled() and not _recomputing():
+            self._pass += any(call.backward == self._pass for call in self._calls[-1:])
+            self._counts.clear()
+            self._made_by.clear()
+
+    def _given_out(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The model's output reads layers too: the loss may be computed from any of it."""
+        if torch.is_grad_enabled() and not _recomputing():
+            for out in leaves(output):
+                self._given |= dict.fromkeys(self._parents(out))
+
+    def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or _recomputing() or self._pass >= MOST_PASSES:
+            return
+        outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
+        outs = [t for t in outs if t.requires_grad] or outs[:1]
+        if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
+            return
+        out, number = outs[0], self._counts.get(module, 0)
+        self._counts[module] = number + 1
+        parents = dict.fromkeys(parent for t in outs for parent in self._parents(t))
+        call = Call(
+            module, self._names[module], number, self._pass, tuple(out.shape), out.requires_grad, tuple(parents)
+        )
+        self._calls.append(call)
+        self._measure(call, call.tensor, out)
+        x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
+        if call.rule:
+            self._measure_slope(call, call.rule, out if call.rule.saves == "output" else x)
+        if call.fan_in is not None:
+            call.values["z_cosine"] = statistics.mean_cosine(out)
+        if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
+            self._measure_input(call, x)
+        for i, t in enumerate(outs):
+            if t.requires_grad:
+                self._await(call, i, t)
+
+    def _await(self, call: Call, i: int, out: Tensor) -> None:
+        """Measure the cotangent of the i-th output when it comes."""
+
+        def arrived(g: Tensor) -> None:
+            call.events[i] = call.events.get(i, 0) + 1
+            call.values[f"_g_{call.tensor}_{i}"] = statistics.norm(g)
+            call.sizes[f"g_{call.tensor}"] = call.sizes.get(f"g_{call.tensor}", 0) + g.numel()
+
+        handle = out.register_hook(arrived)
+        if out.grad_fn is not None:
+            self._made_by[out.grad_fn, out.output_nr] = call
+        else:  # a parameter or an input handed on: it outlives the step
+            self._handles.append(handle)
+
+    def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
+        call.values[f"{tensor}_norm"] = statistics.norm(x)
+        call.sizes[tensor] = x.numel()
+
+    def _measure_input(self, call: Call, x: Tensor) -> None:
+        """The data, if no watched layer feeds this one; an activation, if it was a function call and no module."""
+        if not call.parents:
+            call.values["x_rms"] = statistics.rms(x)
+            return
+        if not x.requires_grad or (x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._made_by):
+            return  # what arrives here is the cotangent of a watched output, seen there
+        owner, rule = call.parents[0], rule_that_made(x)
+        if rule is None or len(call.parents) > 1 or owner.tensor != "z" or "a_norm" in owner.values:
+            owner = None
+        else:
+            owner.rule, owner.r = rule, rule.r
+            self._measure(owner, "a", x)
+            self._measure_slope(owner, rule, x)
+        if owner is None and call.fan_in is None:
+            return
+
+        def arrived(g: Tensor) -> None:
+            self._measure(call, "_entering", g)
+            if owner is not None:
+                owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
+
+        x.register_hook(arrived)
+
+    def _measure_slope(self, call: Call, rule: type[Activation], kept: Tensor) -> None:
+        slope = rule.slope(kept.detach())
+        call.values["slope_rms"] = statistics.rms(slope)
+        call.values["a_saturated_fraction"] = statistics.saturated_fraction(slope, rule.largest_slope)
+        if call.backward == 0 and slope.dim() >= -call.axis:
+            alive = statistics.alive_units(slope, call.axis)
+            window = self._silence.setdefault(call.key, deque(maxlen=DEAD_WINDOW))
+            if window and (window[-1].shape != alive.shape or window[-1].device != alive.device):
+                window.clear()
+            window.append(alive)
+            if len(window) > 1:
+                call.values["a_dead_fraction"] = statistics.mean(~torch.stack(tuple(window)).any(0))
+
+    def _parents(self, out: Tensor) -> tuple[Call, ...]:
+        """The calls whose outputs ``out`` was computed from with no watched call in between."""
+        if out.grad_fn is None:
+            return ()
+        if (out.grad_fn, out.output_nr) in self._made_by:  # handed on unchanged
+            return (self._made_by[out.grad_fn, out.output_nr],)
+        found: dict[Call, None] = {}
+        seen, stack = {out.grad_fn}, [out.grad_fn]
+        while stack and len(seen) < MOST_NODES:
+            # edges to a node already seen still count: another of its outputs may be a watched one
+            for node, number in stack.pop().next_functions:
+                if node is None:
+                    continue
+                if (node, number) in self._made_by:
+                    found[self._made_by[node, number]] = None
+                elif node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+        return tuple(found)
+
+    # ---- update --------------------------------------------------------------------------------------
+
+    def _weights(self) -> list[nn.Parameter]:
+        """The weights of the calls of this step; before any call those of all modules."""
+        called = {call.weight: None for call in self._calls if call.weight is not None}
+        every = (weight_of(module) for module in self._names)
+        return list(called or {weight: None for weight in every if weight is not None})
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Copy what this optimizer is about to change; the last one also takes what none of them owns."""
+        if self._handles:
+            default = self.optimizers[-1]
+            self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
+
+    def _weights_before(self, weights: Sequence[nn.Parameter]) -> None:
+        for p in weights:
+            if p not in self._copies:
+                self._copies[p] = p.detach().clone()
+                if p.grad is not None and self._calls:  # before any call, as for a closure, it is not this step's
+                    self._gradients[p] = statistics.norm(p.grad)
+
+    def _reduce_weights(self, no_update: str) -> list[Gap]:
+        """Norms of weights, gradients and updates into the values of their calls; what is missing, and why."""
+        gaps: list[Gap] = []
+        told: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for p in self._weights():
+            told[p] = numbers = {}
+            before = self._copies.get(p)
+            if before is not None and before.numel():
+                numbers["W_rms"] = statistics.rms(before)
+                if not no_update:
+                    numbers["dW_rms"] = statistics.rms(p.detach() - before)
+            if p not in self._gradients and p.grad is not None:  # a closure's, or a loop's without an optimizer
+                self._gradients[p] = statistics.norm(p.grad)
+            if p in self._gradients:
+                numbers["g_W_norm"] = self._gradients[p]
+        for call in self._calls:
+            if call.weight is None:
+                if call.fan_in is not None:
+                    gaps += [
+                        (call, c, "its weight is computed from others") for c in ("W_rms", "g_W_norm", "update_ratio")
+                    ]
+                continue
+            call.values.update(told[call.weight])
+            if no_update:
+                gaps += [(call, "dW_rms", no_update), (call, "update_ratio", no_update)]
+            if "g_W_norm" not in call.values:
+                frozen = not call.weight.requires_grad
+                gaps.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
+        return gaps
+
+    def _finish(self, no_update: str = "") -> None:
+        """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
+        self._keep_trained_passes()
+        gaps = self._reduce_weights(no_update)
+        group = self.optimizers[0].param_groups[0] if self.optimizers else {}
+        rate = {"lr": group["lr"]} if "lr" in group else {}
+        losses = self._read([*(call.values for call in self._calls), rate])
+        ways, more = derive(self._calls, self._given)
+        gaps += more
+        gaps += [
+            (call, "a_dead_fraction", "one batch proves nothing: told from the second on")
+            for call in self._calls
+            if call.rule and call.backward == 0 and "a_dead_fraction" not in call.values
+        ]
+        self._enter_layers(ways)
+        gaps += self._changed_ways(ways)
+        rows = []
+        for call in self._calls:
+            told = {column: float(value) for column, value in call.values.items() if column in COLUMNS}
+            rows.append((call.backward, self._index[call.key], told))
+        missing = [(self._index[call.key], column, reason) for call, column, reason in gaps]
+        self._send(Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing))
+
+    def _keep_trained_passes(self) -> None:
+        """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
+        trained = sorted({call.backward for call in self._calls if call.events})
+        if trained:
+            number = {old: new for new, old in enumerate(trained)}
+            self._calls = [call for call in self._calls if call.backward in number]
+            for call in self._calls:
+                call.backward = number[call.backward]
+
+    def _send(self, sample: Sample) -> None:
+        for sink in self.sinks:
+            sink.write(sample)
+
+    def _read(self, tables: list[dict[str, Any]]) -> list[tuple[int, float]]:
+        """Replace every tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
+        told = dict(enumerate(loss for _, loss in self._losses))
+        places = [
+            (table, key) for table in (*tables, told) for key, value in table.items() if isinstance(value, Tensor)
+        ]
+        by_device: dict[torch.device, list[tuple[Any, Any]]] = {}
+        for table, key in places:
+            by_device.setdefault(table[key].device, []).append((table, key))
+        for group in by_device.values():
+            numbers = torch.stack([statistics.mean(table[key]) for table, key in group]).tolist()
+            for (table, key), number in zip(group, numbers, strict=True):
+                table[key] = number
+        of_step: dict[int, list[float]] = {}
+        for (step, _), loss in zip(self._losses, told.values(), strict=True):
+            of_step.setdefault(step, []).append(loss)
+        self._losses.clear()
+        means = [(step, sum(losses) / len(losses)) for step, losses in of_step.items()]
+        self.last_loss = means[-1][1] if means else self.last_loss
+        return means
+
+    # ---- the layer table -----------------------------------------------------------------------------
+
+    def _line(self, way: Way) -> tuple[int | None, tuple[int, ...]]:
+        """Where a way leads, as the layer table says it: next, via."""
+        passed, child, _ = way
+        return (self._index[child.key], tuple(self._index[c.key] for c in passed)) if child else (None, ())
+
+    def _enter_layers(self, ways: dict[Call, Way]) -> None:
+        """Put calls seen for the first time into the layer table, in execution order."""
+        fresh = []
+        for call in self._calls:
+            if call.key not in self._index:
+                self._index[call.key] = len(self._index)
+                fresh.append(call)
+        for call in fresh:
+            onward, via = self._line(ways.get(call, ((), None, "")))
+            self.layers.append(
+                Layer(
+                    name=call.name,
+                    call=call.number,
+                    kind=call.kind,
+                    shape=call.shape,
+                    parents=tuple(sorted(self._index[p.key] for p in call.parents if p.key in self._index)),
+                    next=onward,
+                    via=via,
+                    fan_in=call.fan_in,
+                    units=call.units,
+                    activation=call.rule.name if call.rule else call.kind if call.tensor == "a" else None,
+                    largest_slope=call.rule.largest_slope if call.rule else None,
+                    r=call.r,
+                    window=DEAD_WINDOW if call.rule else 0,
+                )
+            )
+
+    def _changed_ways(self, ways: dict[Call, Way]) -> list[Gap]:
+        """A way that leads elsewhere than when first seen has no gain: it would be held against the wrong weights."""
+        gaps: list[Gap] = []
+        for call, way in ways.items():
+            layer = self.layers[self._index[call.key]]
+            if "backward_gain" in call.values and self._line(way) != (layer.next, layer.via):
+                for column in ("backward_gain", "weight_factor", "slope_factor"):
+                    call.values.pop(column, None)
+                    gaps.append((call, column, "the way up leads elsewhere than when first seen"))
+        return gaps
+
+
+def kind_of_loss(loss: Tensor) -> str:
+    """cross_entropy where autograd's graph shows one within a few nodes of the loss, else unknown."""
+    stack, seen = [loss.grad_fn], 0
+    while stack and seen < 32:
+        node, seen = stack.pop(0), seen + 1
+        if node is not None:
+            if any(word in node.name() for word in ("NllLoss", "CrossEntropy")):
+                return "cross_entropy"
+            stack += [below for below, _ in node.next_functions]
+    return "unknown"
+
+
+def _recomputing() -> bool:
+    """Whether a backward is under way: a forward inside it is a checkpoint's recomputation, not a new call."""
+    return torch._C._current_graph_task_id() != -1
