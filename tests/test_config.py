@@ -99,7 +99,8 @@ def test_zero_is_refused_where_it_means_nothing():
             check_ranges(changed(key, 0))
         except UsageError:
             refused.add(key)
-    assert refused == {"model.depth", "model.width", "data.batch_size", "training.threads", "watch.every"}
+    counts = {"model.depth", "model.width", "data.batch_size", "training.epochs", "training.threads", "watch.every"}
+    assert refused == counts
 
 
 def test_the_defaults_are_in_range():
