@@ -110,8 +110,20 @@ def rule_that_made(x: Tensor) -> type[Activation] | None:
     node = x.grad_fn
     while node is not None and node.name().removesuffix("0").removesuffix("Backward") in SHAPE_NODES:
         node = node.next_functions[0][0]
-    rules = (r for r in ACTIVATIONS.values() if r.saves == "output")
-    return next((r for r in rules if node is not None and r.made(node)), None)
+    return next((r for r in ACTIVATIONS.values() if node is not None and r.node and r.made(node)), None)
+
+
+def kept_by(x: Tensor, rule: type[Activation]) -> Tensor | None:
+    """What a function call that gave ``x`` kept for its backward: x itself, or the input that autograd saved."""
+    if rule.saves == "output":
+        return x
+    node = x.grad_fn
+    while node.name() != rule.node:
+        node = node.next_functions[0][0]
+    try:
+        return node._saved_self
+    except RuntimeError:  # overwritten in place since, or never saved
+        return None
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:

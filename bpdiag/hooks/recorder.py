@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bpdiag import statistics
 from bpdiag.config import UsageError
-from bpdiag.hooks.call import Call, is_leaf, leaves, rule_that_made, weight_of
+from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
@@ -116,6 +116,9 @@ class Recorder:
         for module in self._names:
             if is_leaf(module):
                 self._handles.append(module.register_forward_hook(_Hook(self._forward), with_kwargs=True))
+            rule = rule_of(module)
+            if rule and rule.saves == "input" and getattr(module, "inplace", False):
+                self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
         if not self.optimizers:
             self._copies = {p: p.detach().clone() for p in self._weights()}
@@ -130,6 +133,7 @@ class Recorder:
         self._counts: dict[nn.Module, int] = {}
         self._made_by: dict[tuple[Any, int], Call] = {}  # (node, output number) -> the call whose output it is
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._pass = 0
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
@@ -141,6 +145,10 @@ class Recorder:
             self._pass += any(call.backward == self._pass for call in self._calls[-1:])
             self._counts.clear()
             self._made_by.clear()
+
+    def _before_overwriting(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled() and not _recomputing() and args:
+            self._overwritten[module] = args[0].detach().clone()
 
     def _given_out(self, module: nn.Module, args: Any, output: Any) -> None:
         """The model's output reads layers too: the loss may be computed from any of it."""
@@ -165,7 +173,8 @@ class Recorder:
         self._measure(call, call.tensor, out)
         x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
         if call.rule:
-            self._measure_slope(call, call.rule, out if call.rule.saves == "output" else x)
+            kept = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
+            self._measure_slope(call, call.rule, kept)
         if call.fan_in is not None:
             call.values["z_cosine"] = statistics.mean_cosine(out)
         if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
@@ -205,7 +214,9 @@ class Recorder:
         else:
             owner.rule, owner.r = rule, rule.r
             self._measure(owner, "a", x)
-            self._measure_slope(owner, rule, x)
+            kept = kept_by(x, rule)
+            if kept is not None:
+                self._measure_slope(owner, rule, kept)
         if owner is None and call.fan_in is None:
             return
 

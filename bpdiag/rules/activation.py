@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bpdiag.rules.function import Rule
 
 RELU_KIND = 1 / math.sqrt(2)
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 
 class Activation(Rule):
@@ -41,7 +42,8 @@ class Activation(Rule):
     kinks: ClassVar[dict[float, float]] = {}  # z where the slope jumps -> the slope used there
     oracle: ClassVar[type[nn.Module]]
     node: ClassVar[str]
-    settings: ClassVar[dict[str, float]] = {}  # the oracle's arguments that make it this function
+    settings: ClassVar[dict[str, Any]] = {}  # the oracle's arguments that make it this function
+    node_settings: ClassVar[dict[str, Any]]  # what its node saved of them; the settings unless said
 
     @classmethod
     def is_done_by(cls, module: nn.Module) -> bool:
@@ -51,7 +53,8 @@ class Activation(Rule):
     @classmethod
     def made(cls, node: Any) -> bool:
         """Whether a node of autograd's graph is this function's backward."""
-        return node.name() == cls.node and all(getattr(node, f"_saved_{k}") == v for k, v in cls.settings.items())
+        settings = getattr(cls, "node_settings", cls.settings)
+        return node.name() == cls.node and all(getattr(node, f"_saved_{k}") == v for k, v in settings.items())
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -157,4 +160,261 @@ class LeakyRelu(Activation):
         return torch.where(a > 0, g_a, 0.01 * g_a)  # a and z have the same sign
 
 
-ACTIVATIONS: dict[str, type[Activation]] = {rule.name: rule for rule in (Identity, Sigmoid, Tanh, Relu, LeakyRelu)}
+class Elu(Activation):
+    """a = z for z > 0, else e^z - 1,  da/dz = 1 for z > 0, else e^z <= 1.  No kink; slope 0 at -inf, 1 at inf."""
+
+    name = "elu"
+    saves = "input"  # e^z; from the output a + 1 it would be 0 already at z = -37
+    oracle = nn.ELU
+    settings: ClassVar = {"alpha": 1.0}
+    node = "EluBackward0"
+    node_settings: ClassVar = {"alpha": 1.0, "scale": 1.0}
+
+    def forward(z):
+        return torch.where(z > 0, z, torch.expm1(z))
+
+    def vjp(g_a, z):
+        return g_a * torch.where(z <= 0, torch.exp(torch.clamp_max(z, 0)), 1.0)
+
+
+class Selu(Activation):
+    """a = lambda (z for z > 0, else alpha (e^z - 1)),  da/dz = lambda for z > 0, else lambda alpha e^z <= 1.758.
+
+    lambda 1.0507, alpha 1.6733 make mean 0, variance 1 a fixed point (Klambauer et al. 2017, eq. 14).  Kink at 0, slope
+    there lambda alpha; slope 0 at -inf, lambda at inf.
+    """
+
+    name = "selu"
+    saves = "input"
+    largest_slope = SELU_SCALE * SELU_ALPHA
+    kinks: ClassVar = {0.0: SELU_SCALE * SELU_ALPHA}
+    oracle = nn.SELU
+    node = "EluBackward0"
+    node_settings: ClassVar = {"alpha": SELU_ALPHA, "scale": SELU_SCALE}
+
+    def forward(z):
+        return SELU_SCALE * torch.where(z > 0, z, SELU_ALPHA * torch.expm1(z))
+
+    def vjp(g_a, z):
+        return g_a * torch.where(z <= 0, SELU_SCALE * SELU_ALPHA * torch.exp(torch.clamp_max(z, 0)), SELU_SCALE)
+
+
+class Gelu(Activation):
+    """a = z Phi(z),  da/dz = Phi(z) + z phi(z) in -.129 ... 1.129.
+
+    Phi and phi are the normal distribution and its density (Hendrycks & Gimpel 2016).  No kink; at -inf a is nan, at
+    both infinities the slope, as in torch.
+    """
+
+    name = "gelu"
+    saves = "input"
+    largest_slope = 1.128904145185155  # at z = sqrt 2
+    r = RELU_KIND
+    oracle = nn.GELU
+    settings: ClassVar = {"approximate": "none"}
+    node = "GeluBackward0"
+
+    def forward(z):
+        return z * 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+
+    def vjp(g_a, z):
+        Phi = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        return g_a * (Phi + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+
+
+class GeluTanh(Activation):
+    """a = z (1 + t) / 2,  da/dz = (1 + t + z (1 - t^2) dv/dz) / 2,  t = tanh v,  v = sqrt(2/pi) (z + .044715 z^3).
+
+    The approximation of ``gelu`` that many transformers use; slopes within -.129 ... 1.129.  No kink; at -inf a is nan,
+    at both infinities the slope, as in torch.
+    """
+
+    name = "gelu_tanh"
+    saves = "input"
+    largest_slope = 1.128993068658772  # at z = 1.4185
+    r = RELU_KIND
+    oracle = nn.GELU
+    settings: ClassVar = {"approximate": "tanh"}
+    node = "GeluBackward0"
+
+    def forward(z):
+        return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)))
+
+    def vjp(g_a, z):
+        t = torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z))
+        dv = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+        return g_a * (0.5 * (1 + t) + 0.5 * z * (1 - t * t) * dv)
+
+
+class Silu(Activation):
+    """a = z sigmoid(z),  da/dz = p (1 + z (1 - p)) in -.0998 ... 1.0998,  p = sigmoid(z).
+
+    No kink; at -inf a is nan, at both infinities the slope, as in torch.
+    """
+
+    name = "silu"
+    saves = "input"
+    largest_slope = 1.0998393201288672  # at z = 2.3994
+    r = RELU_KIND
+    oracle = nn.SiLU
+    node = "SiluBackward0"
+
+    def forward(z):
+        return z * torch.sigmoid(z)
+
+    def vjp(g_a, z):
+        p = torch.sigmoid(z)
+        return g_a * p * (1 + z * (1 - p))
+
+
+class Softplus(Activation):
+    """a = log(1 + e^z),  da/dz = sigmoid(z) <= 1.  No kink; slope 0 at -inf, 1 at inf.
+
+    Exact for every z; torch's own goes over to a = z from z = 20 on, 2e-9 off.
+    """
+
+    name = "softplus"
+    saves = "input"
+    r = RELU_KIND
+    oracle = nn.Softplus
+    settings: ClassVar = {"beta": 1.0, "threshold": 20.0}
+    node = "SoftplusBackward0"
+
+    def forward(z):
+        return torch.logaddexp(z, torch.zeros_like(z))
+
+    def vjp(g_a, z):
+        return g_a * torch.sigmoid(z)
+
+
+class Mish(Activation):
+    """a = z w,  da/dz = w + z p (1 - w^2) in -.113 ... 1.0885,  w = tanh(log(1 + e^z)),  p = sigmoid(z).
+
+    No kink; at -inf a is nan, at both infinities the slope, as in torch (Misra 2019).
+    """
+
+    name = "mish"
+    saves = "input"
+    largest_slope = 1.088498161251728  # at z = 1.4906
+    r = RELU_KIND
+    oracle = nn.Mish
+    node = "MishBackward0"
+
+    def forward(z):
+        return z * torch.tanh(torch.logaddexp(z, torch.zeros_like(z)))
+
+    def vjp(g_a, z):
+        w = torch.tanh(torch.logaddexp(z, torch.zeros_like(z)))
+        return g_a * (w + z * torch.sigmoid(z) * (1 - w * w))
+
+
+class Hardtanh(Activation):
+    """a = z within -1 ... 1, else -1 or 1,  da/dz = 1 inside, 0 outside.  Kinks at -1 and 1, slope there 0."""
+
+    name = "hardtanh"
+    kinks: ClassVar = {-1.0: 0.0, 1.0: 0.0}
+    oracle = nn.Hardtanh
+    settings: ClassVar = {"min_val": -1.0, "max_val": 1.0}
+    node = "HardtanhBackward0"
+
+    def forward(z):
+        return torch.clamp(z, -1, 1)
+
+    def vjp(g_a, a):
+        return g_a.masked_fill((a <= -1) | (a >= 1), 0)
+
+
+class Relu6(Activation):
+    """a = z within 0 ... 6, else 0 or 6,  da/dz = 1 inside, 0 outside.  Kinks at 0 and 6, slope there 0; nan passes."""
+
+    name = "relu6"
+    r = RELU_KIND
+    kinks: ClassVar = {0.0: 0.0, 6.0: 0.0}
+    oracle = nn.ReLU6
+    node = "HardtanhBackward0"
+    node_settings: ClassVar = {"min_val": 0.0, "max_val": 6.0}
+
+    def forward(z):
+        return torch.clamp(z, 0, 6)
+
+    def vjp(g_a, a):
+        return g_a.masked_fill((a <= 0) | (a >= 6), 0)
+
+
+class Hardswish(Activation):
+    """a = z min(max(z + 3, 0), 6) / 6,  da/dz = 0 up to -3, z/3 + 1/2 up to 3, then 1; sup 3/2.
+
+    Kinks at -3, slope there 0, and at 3, slope there 1.  At -inf a is nan, as in torch (Howard et al. 2019).
+    """
+
+    name = "hardswish"
+    saves = "input"
+    largest_slope = 1.5
+    r = RELU_KIND
+    kinks: ClassVar = {-3.0: 0.0, 3.0: 1.0}
+    oracle = nn.Hardswish
+    node = "HardswishBackward0"
+
+    def forward(z):
+        return z * torch.clamp(z + 3, 0, 6) / 6
+
+    def vjp(g_a, z):
+        return (g_a * torch.where(z < 3, z / 3 + 0.5, 1.0)).masked_fill(z <= -3, 0)
+
+
+class Hardsigmoid(Activation):
+    """a = min(max(z + 3, 0), 6) / 6,  da/dz = 1/6 within -3 ... 3, 0 outside.  Kinks at -3 and 3, slope there 0.
+
+    Torch's own takes 1/6 in float32 even for float64: 3e-8 off.
+    """
+
+    name = "hardsigmoid"
+    saves = "input"  # the output rounds to 1 before z is 3
+    largest_slope = 1 / 6
+    kinks: ClassVar = {-3.0: 0.0, 3.0: 0.0}
+    oracle = nn.Hardsigmoid
+    node = "HardsigmoidBackward0"
+
+    def forward(z):
+        return torch.clamp(z + 3, 0, 6) / 6
+
+    def vjp(g_a, z):
+        return (g_a / 6).masked_fill((z <= -3) | (z >= 3), 0)
+
+
+class Softsign(Activation):
+    """a = z / (1 + |z|),  da/dz = 1 / (1 + |z|)^2 <= 1.  No kink; at the infinities a is nan as in torch, slope 0."""
+
+    name = "softsign"
+    saves = "input"  # (1 - |a|)^2 would lose digits where a is near 1
+    oracle = nn.Softsign
+    node = ""  # torch composes it: no node of its own
+
+    def forward(z):
+        return z / (1 + torch.abs(z))
+
+    def vjp(g_a, z):
+        return g_a / (1 + torch.abs(z)).square()
+
+
+class LogSigmoid(Activation):
+    """a = -log(1 + e^-z),  da/dz = sigmoid(-z) <= 1.  No kink; slope 1 at -inf, 0 at inf."""
+
+    name = "log_sigmoid"
+    saves = "input"
+    r = RELU_KIND
+    oracle = nn.LogSigmoid
+    node = "LogSigmoidBackward0"
+
+    def forward(z):
+        return -torch.logaddexp(-z, torch.zeros_like(z))
+
+    def vjp(g_a, z):
+        return g_a * torch.sigmoid(-z)
+
+
+_TABLE = (
+    Identity, Sigmoid, Tanh, Relu, LeakyRelu, Elu, Selu, Gelu, GeluTanh, Silu, Softplus, Mish, Hardtanh, Relu6,
+    Hardswish, Hardsigmoid, Softsign, LogSigmoid,
+)  # fmt: skip
+ACTIVATIONS: dict[str, type[Activation]] = {rule.name: rule for rule in _TABLE}

@@ -1,0 +1,62 @@
+"""What the table says beside the maths: which module and which node of torch's a rule stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bpdiag.rules import ACTIVATIONS, RULES, Rule
+from bpdiag.rules.activation import LeakyRelu, Tanh
+
+
+def gradient(function, z):
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(function(z).sum(), z)[0]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_torchs_own_module_and_node_are_recognized(name):
+    module = ACTIVATIONS[name].oracle(**ACTIVATIONS[name].settings)
+    out = module(torch.ones(2, requires_grad=True))
+    assert [n for n, rule in ACTIVATIONS.items() if rule.is_done_by(module)] == [name]
+    if ACTIVATIONS[name].node:
+        assert out.grad_fn.name() == ACTIVATIONS[name].node
+        assert [n for n, rule in ACTIVATIONS.items() if rule.made(out.grad_fn)] == [name]
+
+
+def test_a_leaky_relu_of_another_slope_is_not_ours():
+    module = torch.nn.LeakyReLU(0.2)
+    assert not LeakyRelu.is_done_by(module)
+    assert not LeakyRelu.made(module(torch.ones(2, requires_grad=True)).grad_fn)
+
+
+def test_a_subclass_with_a_vjp_of_its_own_is_differentiated_by_it():
+    class Doubled(Tanh):
+        def vjp(g_a, a):
+            return 2 * g_a * (1 - a * a)
+
+    z = torch.tensor([0.5], dtype=torch.float64)
+    torch.testing.assert_close(gradient(Doubled.apply, z), 2 * gradient(torch.tanh, z))
+
+
+def test_softsigns_slope_at_the_infinities_is_its_limit():
+    z = torch.tensor([torch.inf, -torch.inf])
+    assert ACTIVATIONS["softsign"].slope(z).tolist() == [0, 0]
+
+
+def test_identitys_output_may_be_changed_in_place():
+    z = torch.ones(3, requires_grad=True)
+    out = RULES["identity"].apply(z)
+    out.mul_(2)
+    assert torch.autograd.grad(out.sum(), z)[0].tolist() == [2, 2, 2]
+
+
+def test_a_rule_that_does_not_say_what_it_keeps_is_refused():
+    class Silent(Rule):
+        name = "silent"
+
+        def forward(x):
+            return x.clone()
+
+    with pytest.raises(NotImplementedError, match="Silent does not say what its backward needs"):
+        Silent.apply(torch.ones(1, requires_grad=True))
