@@ -106,5 +106,5 @@ def build(config: ModelConfig, n_in: int, n_out: int, seed: int) -> nn.Sequentia
             INITIALIZERS[config.weight_variance](linear.weight, linear.bias, generator)
         modules[f"linear{layer}"] = linear
         if layer < config.depth:
-            modules[f"{rule.name}{layer}"] = Nonlinearity(rule) if by_hand else rule.oracle()
+            modules[f"{rule.name}{layer}"] = Nonlinearity(rule) if by_hand else rule.oracle(**rule.settings)
     return nn.Sequential(modules)

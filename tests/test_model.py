@@ -24,8 +24,9 @@ def test_by_hand_and_by_torch_are_the_same_net(activation, weight_variance):
     x, y = torch.randn(8, 20, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
     RULES["cross_entropy"].apply(ours.double()(x.double()), y).backward()
     nn.functional.cross_entropy(theirs.double()(x.double()), y).backward()
+    near = 1e-6 if activation == "hardsigmoid" else 1e-12  # torch's own takes 1/6 in float32
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(a.grad, b.grad, rtol=near, atol=1e-15)
 
 
 def test_by_torch_is_made_of_torchs_modules_only():
