@@ -26,7 +26,8 @@ class ModelConfig:
     depth: int = 5  # weight layers
     width: int = 128  # units per hidden layer
     activation: str = "relu"  # a name of bpdiag.rules.ACTIVATIONS
-    weight_variance: str = "he"  # he: Var W = 2 / fan_in, b = 0; torch: nn.Linear's default, W and b
+    weight_variance: str = "he"  # sigma_w^2 = Var W fan_in: a number, or he, lecun, glorot, torch, orthogonal
+    bias_variance: str = "preset"  # Var b: a number, or a preset's: 1/(3 fan_in) for torch, else 0
     backward: str = "handwritten"  # handwritten: our rules; autograd: torch's own
 
 

@@ -42,6 +42,7 @@ def test_defaults_are_the_documented_ones():
         "model.width": 128,
         "model.activation": "relu",
         "model.weight_variance": "he",
+        "model.bias_variance": "preset",
         "data.name": "mnist",
         "data.root": "embedded",
         "data.batch_size": 64,

@@ -148,7 +148,7 @@ def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) 
     r = next((layer.r for layer in p.trace.layers if layer.r), 1.0)
     if cause == "weights":
         critical = f"{1 / r**2:.2g}"
-        preset = " (model.weight_variance=he)" if critical == "2" and ours else ""
+        preset = f" (model.weight_variance={'he' if critical == '2' else critical})" if ours else ""
         return f"initialize {kind} layers at weight variance {critical}/fan_in{preset}, or orthogonally", goal
     if cause == "slopes":
         words = "take an activation whose slope is 1 where it passes, with its critical weights"
