@@ -18,10 +18,11 @@ _PUBLIC = {
     "Result": "training",
     "Trace": "trace",
     "diagnose": "diagnosis",
+    "load": "training",
     "train": "training",
     "watch": "session",
 }
-__all__ = ["Config", "Finding", "RULES", "Result", "Trace", "diagnose", "train", "watch"]  # noqa: RUF022
+__all__ = ["Config", "Finding", "RULES", "Result", "Trace", "diagnose", "load", "train", "watch"]  # noqa: RUF022
 
 
 def __getattr__(name: str) -> Any:

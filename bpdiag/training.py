@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from bpdiag import data, model
-from bpdiag.config import Config, UsageError, check_ranges, choose
+from bpdiag.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    UsageError,
+    WatchConfig,
+    check_ranges,
+    choose,
+)
 from bpdiag.diagnosis import Finding, diagnose
 from bpdiag.rules import RULES
 from bpdiag.session import watch
@@ -36,6 +47,7 @@ def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS = {"sgd": _sgd, "adam": _adam}
+PARTS = {part.__name__: part for part in (ModelConfig, DataConfig, OptimizerConfig, TrainingConfig, WatchConfig)}
 
 
 @dataclass
@@ -195,7 +207,7 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
     findings = diagnose(trace) if len(trace.sampled_steps) else []
     metrics["seconds"] = round(time.perf_counter() - start, 3)
     if folder is not None:
-        keep(net, config, folder / "model.pt")
+        keep(net, config, dataset, folder / "model.pt")
         write_json(folder / "metrics.json", metrics)
     if interrupt is not None:
         raise interrupt
@@ -215,8 +227,61 @@ def batches(config: Config, samples: int, planned: float, where: torch.device) -
             yield rows
 
 
-def keep(net: nn.Module, config: Config, path: Path) -> None:
-    """The weights and what built them, in one file that ``torch.load`` opens with weights_only=True."""
+def keep(net: nn.Module, config: Config, dataset: data.Dataset, path: Path) -> None:
+    """The weights and what is needed to use them, in one file that ``torch.load`` opens with weights_only=True."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save({"config": dataclasses.asdict(config), "state_dict": net.state_dict()}, aside)
+    facts = {"mean": dataset.mean, "std": dataset.std, "inputs": dataset.train.x.shape[1], "classes": dataset.classes}
+    torch.save({"config": dataclasses.asdict(config), "data": facts, "state_dict": net.state_dict()}, aside)
     aside.replace(path)
+
+
+@dataclass
+class Kept:
+    """A trained classifier, ready to use."""
+
+    model: nn.Module
+    config: Config
+    mean: float  # of the training pixels in [0, 1]
+    std: float
+
+    @torch.no_grad()
+    def classify(self, picture: str | os.PathLike[str]) -> int:
+        """The class of a picture of one digit: any format and size that Pillow reads.
+
+        It is made grey, 28 x 28, and white on black as the digits are: a picture with a light border is inverted.
+
+        Raises:
+            UsageError: It is no picture.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            grey = Image.open(picture).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+        except (OSError, UnidentifiedImageError) as error:
+            raise UsageError(f"{picture}: not a picture that can be read: {error}") from error
+        x = torch.tensor(list(grey.tobytes()), dtype=torch.float64).view(28, 28) / 255
+        border = torch.cat([x[0], x[-1], x[:, 0], x[:, -1]])
+        x = 1 - x if border.mean() > 0.5 else x
+        weight = next(self.model.parameters())
+        return int(self.model(((x - self.mean) / self.std).view(1, -1).to(weight)).argmax())
+
+
+def load(run: str | os.PathLike[str]) -> Kept:
+    """The classifier a run kept, and its configuration.
+
+    Raises:
+        UsageError: The folder holds none, or it cannot be read.
+    """
+    path = Path(run) / "model.pt"
+    if not path.is_file():
+        raise UsageError(f"{run}: no model.pt here; a finished run folder holds one")
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        given, facts = kept["config"], kept["data"]
+        parts = {f.name: f.type for f in dataclasses.fields(Config)}
+        config = Config(**{k: PARTS[parts[k]](**v) if isinstance(v, dict) else v for k, v in given.items()})
+        net = model.build(config.model, facts["inputs"], facts["classes"], config.seed)
+        net.to(DTYPES[config.training.dtype]).load_state_dict(kept["state_dict"])
+    except (RuntimeError, OSError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
+        raise UsageError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from error
+    return Kept(net.eval(), config, facts["mean"], facts["std"])

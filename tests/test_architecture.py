@@ -32,7 +32,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "terminal": ({"diagnosis"}, {"numpy", "rich"}),
     # launching
     "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),
-    "training": ({"session", "model", "data", "rules", "diagnosis"}, {"torch"}),
+    "training": ({"session", "model", "data", "rules", "diagnosis"}, {"torch", "PIL"}),
     "launcher": ({"terminal"}, {"hydra", "omegaconf"}),
     "__main__": ({"training", "launcher", "terminal", "diagnosis", "__init__"}, {"hydra", "omegaconf"}),
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),

@@ -159,3 +159,32 @@ def test_gain_and_cause_at_the_first_step_are_the_theorys(activation, weight_var
     gains = result.trace.column("backward_gain")[0][0, result.trace.weight_layers()][:-2]
     assert math.exp(sum(map(math.log, gains)) / len(gains)) == pytest.approx(gain, rel=0.05)
     assert [f.cause for f in result.findings] == ([cause] if cause else [])
+
+
+def test_what_is_kept_classifies_pictures(tmp_path):
+    from PIL import Image
+
+    result = training.train(Config(training=TrainingConfig(steps=300)), tmp_path / "run")
+    kept = training.load(tmp_path / "run")
+    assert kept.config == result.config
+    split = data.load(DataConfig()).test
+    assert torch.equal(kept.model(split.x[:50]), result.model(split.x[:50]))
+    right = 0
+    for i in range(20):
+        pixels = (split.x[i] * kept.std + kept.mean).mul(255).round().clamp(0, 255).byte().view(28, 28)
+        pixels = 255 - pixels if i % 2 else pixels  # ink on paper
+        Image.fromarray(pixels.numpy()).resize((112, 112)).save(tmp_path / "digit.png")
+        right += kept.classify(tmp_path / "digit.png") == split.y[i]
+    assert right >= 17
+
+
+def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
+    with pytest.raises(UsageError, match=r"no model\.pt here"):
+        training.load(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"nonsense")
+    with pytest.raises(UsageError, match="damaged, or of another version"):
+        training.load(tmp_path)
+    training.train(small(steps=1), tmp_path / "run")
+    (tmp_path / "digit.png").write_text("no picture")
+    with pytest.raises(UsageError, match="not a picture"):
+        training.load(tmp_path / "run").classify(tmp_path / "digit.png")
