@@ -32,6 +32,9 @@ HELP = """bpdiag: see where your gradient dies, and why.
 Keys and their defaults:
 {keys}
 
+  --json    what came of it as JSON, on standard output
+  --quiet   nothing but errors
+
 Also Hydra's own: --cfg job (show the configuration), --config-dir, --hydra-help, --shell-completion.
 Exit code: 0 done (also when a run went not finite: it is stopped, kept and judged), 1 a run failed,
 2 bad input, 130 interrupted.
@@ -129,8 +132,11 @@ def _train(arguments: list[str]) -> int:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from bpdiag.launcher import JobsFailedError, job_folder
+    from bpdiag.launcher import TELLS, JobsFailedError, job_folder
 
+    flags = [word for word in arguments if word in ("--json", "--quiet")]
+    arguments = [word for word in arguments if word not in flags]
+    TELLS.set(flags[-1][2:] if flags else "text")
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda experiment, data: experiment or data, replace=True)
     ConfigStore.instance().store(name="schema", node=Config, provider="bpdiag")
@@ -171,18 +177,26 @@ def _job(composed: Any) -> Any:
     from hydra.types import RunMode
 
     from bpdiag import terminal
+    from bpdiag.launcher import TELLS
+    from bpdiag.results import Outcome
     from bpdiag.training import train
 
     config, folder = _config(composed), Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
+    if HydraConfig.get().mode is RunMode.MULTIRUN or TELLS.get() == "quiet":
         result = train(config, folder)
-        return terminal.Outcome.of(result.trace, result.findings, result.metrics)
-    out = terminal.console()
-    with terminal.progress(out) as progress:
-        result = train(config, folder, progress)
-    terminal.report(result.trace, result.findings, _relative(folder), out)
-    terminal.metrics(result.metrics, out)
-    return terminal.Outcome.of(result.trace, result.findings, result.metrics)
+    elif TELLS.get() == "json":
+        from bpdiag.trace import plain
+
+        result = train(config, folder)
+        told = {"run": str(_relative(folder)), "metrics": result.metrics, "findings": result.findings}
+        print(json.dumps(plain(told), indent=1, ensure_ascii=False))
+    else:
+        out = terminal.console()
+        with terminal.progress(out) as progress:
+            result = train(config, folder, progress)
+        terminal.report(result.trace, result.findings, _relative(folder), out)
+        terminal.metrics(result.metrics, out)
+    return Outcome.of(result.trace, result.findings, result.metrics, flat(config))
 
 
 def _relative(folder: Path) -> Path:

@@ -1,18 +1,24 @@
 """A multirun's jobs, one after another: a line as each ends, a table at the end.  A job that fails stops no other.
 
-Imports neither torch nor numpy: ``hydra_plugins/bpdiag_sequential.py`` is read by every Hydra application.
+Imports no torch: ``hydra_plugins/bpdiag_sequential.py`` is read by every Hydra application.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
+import traceback
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpdiag.trace import plain
+
+TELLS: ContextVar[str] = ContextVar("tells", default="text")  # text, json, quiet: what the command line prints
 LONGEST_NAME = 200  # bytes; file systems stop at 255
 
 
@@ -62,21 +68,21 @@ def launch(
     from hydra.core.utils import JobStatus, run_job, setup_globals
     from omegaconf import open_dict
 
-    from bpdiag import terminal
+    from bpdiag import results, terminal
 
     setup_globals()
     sweep = Path(str(config.hydra.sweep.dir))
-    swept = _varying(job_overrides)
-    told = terminal.Grid(swept, len(job_overrides), sweep)
-    returns, failed, begun = [], 0, time.perf_counter()
-    told.begin()
+    grid = terminal.Grid(_varying(job_overrides), len(job_overrides), sweep) if TELLS.get() == "text" else None
+    rows: list[results.Row] = []
+    returns, begun = [], time.perf_counter()
+    if grid:
+        grid.begin()
     try:
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             job = context.config_loader.load_sweep_config(config, list(overrides))
             with open_dict(job):
                 job.hydra.job.id, job.hydra.job.num = str(number), number
             start = time.perf_counter()
-            values = _values(overrides, swept)
             done = run_job(
                 task_function=task,
                 config=job,
@@ -84,14 +90,22 @@ def launch(
                 job_subdir_key="hydra.sweep.subdir",
                 hydra_context=context,
             )
-            if done.status is JobStatus.COMPLETED:
-                told.job(values, done._return_value, time.perf_counter() - start)
-            else:
-                failed += 1
-                told.failure(values, done._return_value)
             returns.append(done)
+            folder, error = Path(done.hydra_cfg.hydra.runtime.output_dir), ""
+            if done.status is not JobStatus.COMPLETED:
+                error = f"{type(done._return_value).__name__}: {done._return_value}"
+                (folder / "error.log").write_text("".join(traceback.format_exception(done._return_value)))
+            outcome = done._return_value if not error else None
+            rows.append(results.Row(_pairs(overrides), str(folder), outcome, error))
+            results.write(rows, sweep)
+            if grid:
+                grid.job(rows[-1], time.perf_counter() - start)
     finally:
-        told.end(time.perf_counter() - begun)
+        if grid:
+            grid.end(time.perf_counter() - begun)
+        elif TELLS.get() == "json":
+            print(json.dumps(plain([row.flat() for row in rows]), indent=1))  # noqa: T201
+    failed = sum(row.outcome is None for row in rows)
     if failed:
         raise JobsFailedError(f"{failed} of {len(job_overrides)} jobs failed")
     return returns
@@ -106,8 +120,3 @@ def _varying(jobs: Sequence[Sequence[str]]) -> list[str]:
     pairs = [_pairs(job) for job in jobs]
     keys = list(dict.fromkeys(key for job in pairs for key in job if key != "experiment"))
     return [key for key in keys if len({job.get(key) for job in pairs}) > 1] or (keys if len(jobs) == 1 else [])
-
-
-def _values(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
-    pairs = _pairs(overrides)
-    return [pairs.get(key, "") for key in keys]

@@ -11,7 +11,6 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from rich.text import Text
 from bpdiag import diagnosis
 from bpdiag.diagnosis import Finding, Profile
 from bpdiag.diagnosis.finding import percent, real
+from bpdiag.results import Outcome, Row
 from bpdiag.trace import Trace
 
 GLYPHS = {
@@ -176,77 +176,53 @@ def brief(run: Path, trace: Trace, findings: Sequence[Finding], out: Console) ->
     out.print(Padding(findings_text(findings, diagnosis.summarize(trace, findings)["sentence"]), (0, 0, 1, 0)))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a sweep's table needs of one run: little, so that a thousand are little."""
-
-    accuracy: float  # on the test split
-    gain_per_layer: float  # of the hidden layers at the first step
-    decades: float  # of layer 1 at the last step
-    word: str  # the verdict
-    verdict: str  # the verdict in half a line
-
-    @classmethod
-    def of(cls, trace: Trace, findings: Sequence[Finding], metrics: dict[str, Any]) -> Outcome:
-        """The outcome of a trace that was judged."""
-        summary = diagnosis.summarize(trace, findings)
-        return cls(
-            accuracy=metrics["test_accuracy"],
-            gain_per_layer=summary["first"]["gain_per_layer"],
-            decades=summary["decades_first_layer"],
-            word=summary["verdict"],
-            verdict=_verdict(summary["verdict"], findings),
-        )
-
-
 class Grid:
     """A sweep as it goes: one line per job, then one table; seeds of one cell become a mean and a spread."""
 
     def __init__(self, keys: Sequence[str], jobs: int, folder: Path) -> None:
         self.keys, self.jobs, self.folder = list(keys), jobs, folder
-        self.rows: list[tuple[list[str], Outcome]] = []
-        self.failures: list[tuple[list[str], BaseException]] = []
+        self.rows: list[Row] = []
         self.out, self.err = console(), console(stderr=True)
-        self.done = 0
 
     def begin(self) -> None:
         """Say what is coming."""
         names = ", ".join(_short(key) for key in self.keys)
         self.out.print(f"{self.jobs} jobs" + (f" over {names}" if names else "") + f" -> {escape(str(self.folder))}")
 
-    def job(self, values: Sequence[str], outcome: Outcome, seconds: float) -> None:
-        """A job ended."""
-        self.done += 1
-        self.rows.append((list(values), outcome))
-        line = Text(f"{self.done:>{len(str(self.jobs))}}/{self.jobs}  ")
-        line.append(f"{' '.join(values):<18}  accuracy {100 * outcome.accuracy:5.1f} %  ")
-        line.append(f"{GLYPHS[outcome.word]} {outcome.verdict}", style=STYLES[outcome.word])
+    def job(self, row: Row, seconds: float) -> None:
+        """A job ended, or failed: said at once."""
+        self.rows.append(row)
+        count = f"{len(self.rows):>{len(str(self.jobs))}}/{self.jobs}  "
+        if row.outcome is None:
+            self.err.print(Text(f"{count}{self._name(row)}  FAILED: {row.error}", style="bold red"), soft_wrap=True)
+            return
+        verdict = row.outcome.verdict
+        line = Text(f"{count}{self._name(row):<18}  accuracy {100 * row.outcome.test_accuracy:5.1f} %  ")
+        line.append(f"{GLYPHS[verdict]} {row.outcome.told}", style=STYLES[verdict])
         line.append(f"  {seconds:.1f} s", style="dim")
         self.out.print(line)
 
-    def failure(self, values: Sequence[str], error: BaseException) -> None:
-        """A job raised: said at once."""
-        self.done += 1
-        self.failures.append((list(values), error))
-        told = f"{' '.join(values)}  FAILED: {type(error).__name__}: {error}"
-        self.err.print(f"{self.done}/{self.jobs}  {escape(told)}", style="bold red")
-
     def end(self, seconds: float) -> None:
-        """The table of all that ended, and where to look."""
-        if self.rows:
+        """The table of all that ended, the failures again, and where to look."""
+        failed = [row for row in self.rows if row.outcome is None]
+        if len(failed) < len(self.rows):
             self.out.print()
             self.out.print(self._table())
-        for values, error in self.failures:
-            self.err.print(f"failed: {escape(' '.join(values))}: {type(error).__name__}: {escape(str(error))}")
-        self.out.print(f"\n{self.done} of {self.jobs} jobs in {seconds:.0f} s, {len(self.failures)} failed")
+        for row in failed:
+            told = f"failed: {self._name(row)}: {row.error}\n        see {row.folder}/error.log"
+            self.err.print(Text(told, style="red"), soft_wrap=True)
+        self.out.print(f"\n{len(self.rows)} of {self.jobs} jobs in {seconds:.0f} s, {len(failed)} failed")
         where_to_look(self.folder, self.out)
+
+    def _name(self, row: Row) -> str:
+        return " ".join(row.overrides.get(key, "") for key in self.keys)
 
     def _table(self) -> Table:
         keys = [key for key in self.keys if key != "seed"]
         cells: dict[tuple[str, ...], list[Outcome]] = {}
-        for values, outcome in self.rows:
-            cell = tuple(v for k, v in zip(self.keys, values, strict=True) if k != "seed")
-            cells.setdefault(cell, []).append(outcome)
+        for row in self.rows:
+            if row.outcome is not None:
+                cells.setdefault(tuple(row.overrides.get(key, "") for key in keys), []).append(row.outcome)
         seeds = max(map(len, cells.values()))
         table = Table(box=None, pad_edge=False, header_style="dim")
         for key in keys:
@@ -257,12 +233,12 @@ class Grid:
             table.add_column(heading, justify="right")
         table.add_column("verdict", no_wrap=True)
         for cell, outcomes in cells.items():
-            words = list(dict.fromkeys(o.verdict for o in outcomes))
-            word = outcomes[0].word
+            words = list(dict.fromkeys(o.told for o in outcomes))
+            word = outcomes[0].verdict
             columns = [
-                _spread([100 * o.accuracy for o in outcomes], 1, " %"),
+                _spread([100 * o.test_accuracy for o in outcomes], 1, " %"),
                 _spread([o.gain_per_layer for o in outcomes], 3),
-                _spread([o.decades for o in outcomes], 1),
+                _spread([o.decades_first_layer for o in outcomes], 1),
             ]
             counted = [str(len(outcomes))] if seeds > 1 else []
             told = Text(f"{GLYPHS[word]} {'; '.join(words)}", style=STYLES[word])
@@ -273,19 +249,6 @@ class Grid:
 def _short(key: str) -> str:
     group, _, leaf = key.rpartition(".")
     return group.rpartition(".")[2] if leaf == "name" else leaf
-
-
-def _verdict(word: str, findings: Sequence[Finding]) -> str:
-    """A verdict in half a line: lives, or the kind, the cause and its share."""
-    if not findings:
-        return word
-    finding = findings[0]
-    share = finding.evidence.get(f"share_{finding.cause}", math.nan)
-    cause = f" by {finding.cause}" + (f" {percent(share)}" if share == share else "") if finding.kind in FLOWS else ""
-    return f"{finding.kind}{cause}" + (" (passed)" if word == "weakened" else "")
-
-
-FLOWS = ("vanishing", "exploding")
 
 
 def _spread(values: Sequence[float], digits: int, unit: str = "") -> str:

@@ -381,7 +381,7 @@ class TraceWriter:
 def write_json(path: Path, content: Any) -> None:
     """JSON with non-finite numbers as the strings NaN, Infinity, -Infinity (JSON has none); written aside, renamed."""
     text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-    _replace(path, lambda aside: aside.write_text(text + "\n"))
+    replace(path, lambda aside: aside.write_text(text + "\n"))
 
 
 def plain(value: Any) -> Any:
@@ -423,7 +423,8 @@ def _new_folder(folder: str | os.PathLike[str]) -> Path:
     return here
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` write a file aside and give it its name when it is whole: no reader meets a torn one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(aside)
@@ -433,7 +434,7 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def _write_table(table: pa.Table, path: Path) -> None:
-    _replace(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
+    replace(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
 
 
 def _write_missing(missing: Sequence[Missing], folder: Path) -> None:

@@ -29,12 +29,13 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "diagnosis": (set(), {"numpy"}),
     # showing
     "dashboard": (set(), {"tensorboard"}),
-    "terminal": ({"diagnosis"}, {"numpy", "rich"}),
+    "results": ({"diagnosis"}, {"pyarrow"}),
+    "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
     "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),
     "training": ({"session", "model", "data", "rules", "diagnosis"}, {"torch", "PIL"}),
-    "launcher": ({"terminal"}, {"hydra", "omegaconf"}),
-    "__main__": ({"training", "launcher", "terminal", "diagnosis", "__init__"}, {"hydra", "omegaconf"}),
+    "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
+    "__main__": ({"training", "launcher", "results", "terminal", "diagnosis", "__init__"}, {"hydra", "omegaconf"}),
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }
 STOREYS = [
@@ -43,7 +44,8 @@ STOREYS = [
     ["model", "data"],
     ["hooks"],
     ["diagnosis"],
-    ["dashboard", "terminal"],
+    ["dashboard", "results"],
+    ["terminal"],
     ["session"],
     ["training"],
     ["launcher"],

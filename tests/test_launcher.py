@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bpdiag.launcher import LONGEST_NAME, _values, _varying, job_folder
+from bpdiag.launcher import LONGEST_NAME, _varying, job_folder
 
 
 @pytest.mark.parametrize(
@@ -31,5 +31,4 @@ def test_a_long_name_is_cut_and_stays_its_own():
 def test_only_what_differs_is_told_of_a_job():
     jobs = [["experiment=e", "seed=0", "model.depth=3", f"model.width={w}"] for w in (8, 16)]
     assert _varying(jobs) == ["model.width"]
-    assert _values(jobs[1], ["model.width"]) == ["16"]
     assert _varying(jobs[:1]) == ["seed", "model.depth", "model.width"]

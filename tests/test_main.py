@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -87,6 +88,33 @@ def test_a_failing_job_is_told_at_once_and_stops_no_other(capsys, monkeypatch):
     assert "3/3  sigmoid" in told.out
     assert "Traceback" not in told.err
     assert len(runs()) == 2
+    (log,) = Path().rglob("error.log")
+    assert "activation=tanh" in log.parent.name
+    assert "Traceback" in log.read_text()
+    assert str(log) in told.err.replace(str(Path.cwd()) + "/", "")
+    table = pandas.read_csv(log.parent.parent / "results.csv")
+    assert list(table.status) == ["done", "failed", "done"]
+    assert table.error[1] == "MemoryError: no room"
+
+
+def test_a_sweep_as_tables_and_as_json(capsys):
+    assert main(["-m", *QUICK, "model.activation=relu,tanh", "seed=0,1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (sweep,) = {run.parent for run in runs()}
+    for table in (pandas.read_parquet(sweep / "results.parquet"), pandas.read_csv(sweep / "results.csv")):
+        assert len(table) == len(told) == 4
+        assert list(table["model.activation"]) == ["relu", "relu", "tanh", "tanh"]
+        assert list(table.test_accuracy) == pytest.approx([row["test_accuracy"] for row in told])
+        assert {Path(run).name for run in table.run} == {run.name for run in runs()}
+
+
+def test_a_run_as_json_and_in_silence(capsys):
+    assert main([*QUICK, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["steps"] == 4
+    assert main([*QUICK, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(QUICK) == 0
+    assert "lives" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_exits_130_and_is_kept(capsys, monkeypatch):

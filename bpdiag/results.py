@@ -1,0 +1,112 @@
+"""What the jobs of a sweep came to: one row each, in results.parquet and results.csv, written anew as each job ends."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bpdiag import diagnosis
+from bpdiag.diagnosis import Finding
+from bpdiag.diagnosis.finding import percent
+from bpdiag.trace import Trace, replace
+
+FLOWS = ("vanishing", "exploding")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep's tables need of one run: little, so that a thousand are little."""
+
+    test_accuracy: float
+    train_loss: float
+    gain_per_layer: float  # of the hidden layers at the first step
+    decades_first_layer: float  # at the last step
+    verdict: str  # lives, weakened, dies, dies later, blows up, not finite
+    told: str  # the verdict in half a line
+    kind: str  # of the first finding; empty without one
+    cause: str
+    findings: int
+    steps: int
+    seconds: float
+    config: dict[str, Any] = field(default_factory=dict)  # dotted key -> value
+
+    @classmethod
+    def of(
+        cls, trace: Trace, findings: Sequence[Finding], metrics: dict[str, Any], config: dict[str, Any] | None = None
+    ) -> Outcome:
+        """The outcome of a trace that was judged."""
+        summary = diagnosis.summarize(trace, findings)
+        return cls(
+            test_accuracy=metrics["test_accuracy"],
+            train_loss=metrics["train_loss"],
+            gain_per_layer=summary["first"]["gain_per_layer"],
+            decades_first_layer=summary["decades_first_layer"],
+            verdict=summary["verdict"],
+            told=half_a_line(summary["verdict"], findings),
+            kind=findings[0].kind if findings else "",
+            cause=findings[0].cause if findings else "",
+            findings=len(findings),
+            steps=metrics["steps"],
+            seconds=metrics["seconds"],
+            config=dict(config or {}),
+        )
+
+
+def half_a_line(word: str, findings: Sequence[Finding]) -> str:
+    """A verdict in half a line: lives, or the kind, the cause and its share."""
+    if not findings:
+        return word
+    finding = findings[0]
+    share = finding.evidence.get(f"share_{finding.cause}", math.nan)
+    cause = f" by {finding.cause}" + (f" {percent(share)}" if share == share else "") if finding.kind in FLOWS else ""
+    return f"{finding.kind}{cause}" + (" (passed)" if word == "weakened" else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job: what was asked of it, where it lies, what it came to or why it failed."""
+
+    overrides: dict[str, str]
+    folder: str
+    outcome: Outcome | None
+    error: str = ""
+
+    def flat(self) -> dict[str, Any]:
+        """Column -> value: the run's whole configuration (of a failed job its overrides), then its outcome."""
+        told = dataclasses.asdict(self.outcome) if self.outcome else {}
+        config = told.pop("config", {}) or self.overrides
+        told.pop("told", None)
+        status = "done" if self.outcome else "failed"
+        return {**config, "run": self.folder, "status": status, "error": self.error, **told}
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """results.parquet and results.csv in ``folder``, each written aside and renamed; nan and infinity stay numbers."""
+    flat = [row.flat() for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    table = pa.table({name: _column([row.get(name) for row in flat]) for name in columns})
+
+    def as_csv(aside: Path) -> None:
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(flat)
+
+    replace(folder / "results.parquet", lambda aside: pq.write_table(table, aside))
+    replace(folder / "results.csv", as_csv)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Values of one type as they are; of several (a failed job's are text) as text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int, float} and kinds != {int}:
+        return pa.array([None if value is None else float(value) for value in values])
+    return pa.array(values if len(kinds) <= 1 else [None if value is None else str(value) for value in values])

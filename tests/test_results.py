@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+
+import pandas
+import pytest
+
+from bpdiag.results import Outcome, Row, half_a_line, write
+
+
+def outcome(**more):
+    told = {
+        "test_accuracy": 0.5,
+        "train_loss": 1.0,
+        "gain_per_layer": 0.25,
+        "decades_first_layer": -3.0,
+        "verdict": "dies",
+        "told": "vanishing by slopes 72 %",
+        "kind": "vanishing",
+        "cause": "slopes",
+        "findings": 1,
+        "steps": 10,
+        "seconds": 0.5,
+        "config": {"model.depth": 5, "optimizer.lr": 0.01},
+    }
+    return Outcome(**{**told, **more})
+
+
+def both(folder):
+    return pandas.read_parquet(folder / "results.parquet"), pandas.read_csv(folder / "results.csv")
+
+
+def test_one_row_a_job_with_its_whole_configuration(tmp_path):
+    write([Row({"model.depth": "5"}, "a", outcome()), Row({"model.depth": "5"}, "b", outcome())], tmp_path)
+    for table in both(tmp_path):
+        assert list(table["model.depth"]) == [5, 5]
+        assert list(table.run) == ["a", "b"]
+        assert list(table.verdict) == ["dies", "dies"]
+        assert "told" not in table
+
+
+def test_a_failed_job_is_a_row_too(tmp_path):
+    write(
+        [Row({"model.depth": "5"}, "a", outcome()), Row({"model.depth": "9"}, "b", None, "MemoryError: no")], tmp_path
+    )
+    for table in both(tmp_path):
+        assert list(table.status) == ["done", "failed"]
+        assert [str(v) for v in table["model.depth"]] == ["5", "9"]
+        assert table.error[1] == "MemoryError: no"
+        assert math.isnan(table.test_accuracy[1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_a_number(tmp_path, value):
+    write([Row({}, "a", outcome(decades_first_layer=value))], tmp_path)
+    for table in both(tmp_path):
+        assert table.decades_first_layer[0] == pytest.approx(value, nan_ok=True)
+
+
+def test_names_with_commas_quotes_and_other_scripts(tmp_path):
+    name = 'a,"b"\n数字'
+    write([Row({}, name, outcome(config={"data.root": name}))], tmp_path)
+    for table in both(tmp_path):
+        assert table.run[0] == table["data.root"][0] == name
+
+
+def test_nothing_torn_is_left(tmp_path, monkeypatch):
+    write([Row({}, "a", outcome())], tmp_path)
+    kept = (tmp_path / "results.csv").read_bytes()
+    monkeypatch.setattr("csv.DictWriter.writerows", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write([Row({}, "a", outcome()), Row({}, "b", outcome())], tmp_path)
+    assert (tmp_path / "results.csv").read_bytes() == kept
+    assert {p.name for p in tmp_path.iterdir()} == {"results.csv", "results.parquet"}
+
+
+def test_a_healthy_run_is_told_in_a_word():
+    assert half_a_line("lives", []) == "lives"
