@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import bpdiag
-from bpdiag.config import Config, UsageError, choose, flat, nearest
-from bpdiag.trace import TraceError
+from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest
 
 HELP = """bpdiag: see where your gradient dies, and why.
 
@@ -50,30 +50,39 @@ def conf() -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows no bars gets question marks, not a traceback
     try:
-        return _dispatch(arguments)
+        return _guarded(arguments)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
-    except (UsageError, TraceError) as error:
-        print(f"bpdiag: {error}", file=sys.stderr)
-        return 2
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _guarded(arguments: list[str]) -> int:
+    """Bad input becomes one message and exit code 2."""
     if arguments and arguments[0] in ("-h", "--help", "help"):
-        keys = "\n".join(f"  {key}={value}" for key, value in flat(Config()).items())
+        known, told = flat(Config()), meanings(Config())
+        keys = "\n".join(f"  {f'{key}={value}':<36}{told[key]}" for key, value in known.items())
         experiments = ", ".join(sorted(path.stem for path in (conf() / "experiment").glob("*.yaml")))
         print(HELP.format(keys=keys, experiments=experiments))
         return 0
     if arguments and arguments[0] == "--version":
         print(f"bpdiag {bpdiag.__version__}")
         return 0
-    if arguments and not arguments[0].startswith("-") and "=" not in arguments[0]:
-        if arguments[0] in COMMANDS:
-            return COMMANDS[arguments[0]](arguments[1:])
-        raise UsageError(f"{arguments[0]}: unknown command; {nearest(arguments[0], COMMANDS)}")
-    return _train(arguments)
+
+    from bpdiag.trace import TraceError
+
+    try:
+        if arguments and arguments[0][0] not in "-~+" and "=" not in arguments[0]:
+            if arguments[0] in COMMANDS:
+                return COMMANDS[arguments[0]](arguments[1:])
+            raise UsageError(f"{arguments[0]}: unknown command; {nearest(arguments[0], COMMANDS)}")
+        return _train(arguments)
+    except (UsageError, TraceError) as error:
+        print(f"bpdiag: {error}", file=sys.stderr)
+        return 2
 
 
 # ---- sub-commands -----------------------------------------------------------------------------------------
@@ -87,34 +96,40 @@ def _diagnose(arguments: list[str]) -> int:
     told = parser.parse_args(arguments)
 
     from bpdiag import diagnosis, terminal
-    from bpdiag.trace import Trace, plain
+    from bpdiag.trace import Trace, TraceError, plain
 
-    runs = [run for given in told.run for run in _runs(Path(given))]
-    traces = [(run, Trace.load(run)) for run in runs]
-    empty = [str(run) for run, trace in traces if not len(trace.sampled_steps)]
-    if empty:
-        raise TraceError(f"{', '.join(empty)}: nothing was measured")
-    if told.json:
-        found = [
-            {"run": str(run), "findings": diagnosis.diagnose(trace), "notes": diagnosis.notes(trace)}
-            for run, trace in traces
-        ]
+    judged, refused = [], []
+    for run in [run for given in told.run for run in _runs(Path(given))]:
+        try:
+            trace = Trace.load(run)
+            if not len(trace.sampled_steps):
+                raise TraceError(f"{run}: nothing was measured")
+            judged.append((run, trace, diagnosis.diagnose(trace)))
+        except TraceError as error:  # one that cannot be read stops no other
+            refused.append(str(error))
+    if told.json and judged:
+        found = [{"run": str(run), "findings": f, "notes": diagnosis.notes(trace)} for run, trace, f in judged]
         print(json.dumps(plain(found), indent=1, ensure_ascii=False))
-        return 0
-    out = terminal.console()
-    for run, trace in traces:
-        if len(traces) == 1:
-            terminal.report(trace, diagnosis.diagnose(trace), run, out)
-        else:
-            terminal.brief(run, trace, diagnosis.diagnose(trace), out)
-    return 0
+    elif len(judged) == 1:
+        run, trace, findings = judged[0]
+        terminal.report(trace, findings, run, terminal.console())
+    else:
+        for run, trace, findings in judged:
+            terminal.brief(run, trace, findings, terminal.console())
+    for message in refused:
+        print(f"bpdiag: {message}", file=sys.stderr)
+    return 2 if refused else 0
 
 
 def _runs(folder: Path) -> list[Path]:
-    """The run folder given, or the run folders in it."""
+    """The run folder given, or the run folders in it, in natural order."""
     if folder.is_dir() and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
-        inside = sorted({path.parent.parent for path in folder.glob("**/trace/meta.json")})
-        return inside or [folder]
+        try:
+            inside = {path.parent.parent for path in folder.glob("**/trace/meta.json")}
+        except OSError:  # a folder that vanishes or may not be read while we look
+            inside = set()
+        parts = lambda run: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", str(run))]  # noqa: E731
+        return sorted(inside, key=parts) or [folder]
     return [folder]
 
 
@@ -133,6 +148,7 @@ def _train(arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from bpdiag.launcher import TELLS, JobsFailedError, job_folder
+    from bpdiag.trace import TraceError
 
     flags = [word for word in arguments if word in ("--json", "--quiet")]
     arguments = [word for word in arguments if word not in flags]
@@ -153,6 +169,9 @@ def _train(arguments: list[str]) -> int:
             raise UsageError(_in_short(error)) from error
         except (UsageError, TraceError):
             raise
+        except OSError as error:  # a full disk, a folder that may not be written
+            print(f"bpdiag: {error}", file=sys.stderr)
+            return 1
         except Exception:
             traceback.print_exc()
             return 1
@@ -192,8 +211,15 @@ def _job(composed: Any) -> Any:
         print(json.dumps(plain(told), indent=1, ensure_ascii=False))
     else:
         out = terminal.console()
-        with terminal.progress(out) as progress:
-            result = train(config, folder, progress)
+        try:
+            with terminal.progress(out) as progress:
+                result = train(config, folder, progress)
+        except KeyboardInterrupt:
+            if (folder / "findings.json").is_file():
+                print(
+                    f"kept what there is in {_relative(folder)}: bpdiag diagnose {_relative(folder)}", file=sys.stderr
+                )
+            raise
         terminal.report(result.trace, result.findings, _relative(folder), out)
         terminal.metrics(result.metrics, out)
     return Outcome.of(result.trace, result.findings, result.metrics, flat(config))
@@ -223,6 +249,9 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
     from hydra.types import RunMode
 
     with initialize_config_dir(str(conf()), version_base="1.3", job_name="bpdiag"):
+        for word in overrides:
+            if "=" not in word and not word.startswith("~"):
+                raise UsageError(f"{word}: not KEY=VALUE")
         parser = OverridesParser.create()
         parsed = parser.parse_overrides(overrides)
         for override in parsed:
@@ -235,14 +264,18 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
         if not multirun and base.hydra.mode is not RunMode.MULTIRUN:
             if swept:
                 raise UsageError(f"{swept[0]}: several values make several runs; add -m")
+            _check_folder(Path(base.hydra.run.dir))
             if (Path(base.hydra.run.dir) / "trace").exists():  # Hydra would write its own files over the old ones
                 raise UsageError(f"{base.hydra.run.dir}: already holds a run; choose another hydra.run.dir")
             jobs = [fixed]
-        elif base.hydra.sweeper._target_.endswith("BasicSweeper"):
+        elif _check_folder(Path(base.hydra.sweep.dir)) or base.hydra.sweeper._target_.endswith("BasicSweeper"):
             params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
             grid = parser.parse_overrides([*params, *overrides])
             extra = fixed[len(parsed) - len(swept) :]
             jobs = [[*job, *extra] for job in BasicSweeper.split_arguments(grid, None)[0]]
+            twice = next((job for i, job in enumerate(jobs) if job in jobs[:i]), None)
+            if twice:
+                raise UsageError(f"{' '.join(twice)}: asked for twice in one sweep")
         else:
             jobs = [fixed]  # another sweeper decides as it goes
         from bpdiag.training import check
@@ -253,6 +286,15 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
             except UsageError as error:
                 where = f" (job {' '.join(job)})" if len(jobs) > 1 else ""
                 raise UsageError(f"{error}{where}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """A folder that can be made or written into, before a long run finds out that it cannot."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{folder}: cannot be written; choose another place with hydra.run.dir or hydra.sweep.dir")
 
 
 def _check_key(override: Any, config_dir: str | None) -> None:

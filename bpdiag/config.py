@@ -18,62 +18,67 @@ class UsageError(ValueError):
     """Something the caller gave cannot be used; the message says what came, what is known, what to do."""
 
 
+def option(default: Any, meaning: str) -> Any:
+    """A key with its default and what it means, which ``bpdiag --help`` tells."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
 @dataclass
 class ModelConfig:
     """The network."""
 
-    name: str = "mlp"  # mlp
-    depth: int = 5  # weight layers
-    width: int = 128  # units per hidden layer
-    activation: str = "relu"  # a name of bpdiag.rules.ACTIVATIONS
-    weight_variance: str = "he"  # sigma_w^2 = Var W fan_in: a number, or he, lecun, glorot, torch, orthogonal
-    bias_variance: str = "preset"  # Var b: a number, or a preset's: 1/(3 fan_in) for torch, else 0
-    backward: str = "handwritten"  # handwritten: our rules; autograd: torch's own
+    name: str = option("mlp", "mlp: layers of equal width")
+    depth: int = option(5, "weight layers")
+    width: int = option(128, "units per hidden layer")
+    activation: str = option("relu", "relu, tanh, sigmoid, gelu, silu, elu, ...: the table bpdiag.rules.ACTIVATIONS")
+    weight_variance: str = option("he", "sigma_w^2 = Var W fan_in: a number, or he, lecun, glorot, torch, orthogonal")
+    bias_variance: str = option("preset", "Var b: a number, or a preset's: 1/(3 fan_in) for torch, else 0")
+    backward: str = option("handwritten", "handwritten: our rules; autograd: torch's own")
 
 
 @dataclass
 class DataConfig:
     """What it is trained on."""
 
-    name: str = "mnist"  # mnist
-    root: str = "embedded"  # embedded: the copy in the package; else a folder as torchvision lays it out
-    batch_size: int = 64  # samples per step
-    split_seed: int = 0  # which 5,000 training digits are held out for validation
+    name: str = option("mnist", "mnist: 60,000 digits to train, 10,000 to test")
+    root: str = option("embedded", "embedded: the copy in the package; else a folder as torchvision lays it out")
+    batch_size: int = option(64, "samples per step")
+    split_seed: int = option(0, "which 5,000 training digits are held out for validation")
 
 
 @dataclass
 class OptimizerConfig:
     """How a gradient becomes a step."""
 
-    name: str = "sgd"  # sgd, adam
-    lr: float = 0.01
-    momentum: float = 0.9  # sgd only
-    weight_decay: float = 0.0
+    name: str = option("sgd", "sgd or adam")
+    lr: float = option(0.01, "learning rate")
+    momentum: float = option(0.9, "of sgd")
+    weight_decay: float = option(0.0, "added to the gradient, times the weight")
 
 
 @dataclass
 class TrainingConfig:
     """How long and where."""
 
-    epochs: int = 1
-    steps: int = 0  # stop after so many; 0: as many as the epochs have
-    device: str = "cpu"  # as torch spells it
-    dtype: str = "float32"  # float32, float64
-    threads: int = 1  # a second thread buys a small net nothing and costs dearly on a busy machine
+    epochs: int = option(1, "passes over the 55,000 training digits")
+    steps: int = option(0, "stop after so many; 0: as many as the epochs have")
+    device: str = option("cpu", "as torch spells it")
+    dtype: str = option("float32", "float32 or float64")
+    threads: int = option(1, "a second thread buys a small net nothing and costs dearly on a busy machine")
 
 
 @dataclass
 class WatchConfig:
     """How often every layer is measured."""
 
-    every: int = 10  # steps; 1: every step
+    every: int = option(10, "steps between two measurements; 1: every step")
 
 
 @dataclass
 class Config:
     """One run, whole."""
 
-    seed: int = 0  # of the initialization and of the order of the data
+    seed: int = option(0, "of the initialization and of the order of the data")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -118,6 +123,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(names)}" + (f"; did you mean '{close[0]}'?" if close else "")
 
 
+def meanings(config: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> what it means.
+
+    Example:
+        >>> meanings(Config())["optimizer.lr"]
+        'learning rate'
+    """
+    out: dict[str, str] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        own = {prefix + f.name: f.metadata.get("meaning", "")}
+        out |= meanings(value, f"{prefix}{f.name}.") if is_dataclass(value) else own
+    return out
+
+
 def choose(key: str, value: str, table: Iterable[str]) -> str:
     """``value`` if the table has it, else a UsageError naming the nearest.
 
@@ -158,5 +178,5 @@ def check_ranges(config: Config) -> None:
     for key, (low, high) in RANGES.items():
         value = values[key]
         if not low <= value <= high:  # nan is in no range
-            span = f"at least {low:g}" if high == math.inf else f"from {low:.10g} to {high:.10g}"
+            span = f"{low:g} or more" if high >= 2**62 else f"from {low:.10g} to {high:.10g}"
             raise UsageError(f"{key}={value}: must be {span}")

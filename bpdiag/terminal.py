@@ -50,41 +50,50 @@ BAR = 24  # cells of the widest bar
 
 
 def console(stderr: bool = False) -> Console:
-    """Standard output (or error); 110 columns where it is no terminal and says no width."""
+    """Standard output (or error); 112 columns where it is no terminal and says no width."""
     out = Console(stderr=stderr, highlight=False)
     if not out.is_terminal and not os.environ.get("COLUMNS"):
-        out = Console(stderr=stderr, highlight=False, width=110)
+        out = Console(stderr=stderr, highlight=False, width=112)
     return out
 
 
-def layer_table(p: Profile, at: int) -> Table:
-    """One line per weight layer, output on top: what arrives, the gain of its step, who takes it, how it moves."""
-    trace = p.trace
+# heading: (narrowest terminal that shows it, column, whose row)
+COLUMNS = {
+    "gain": (0, "backward_gain", "own"),
+    "weights": (68, "weight_factor", "own"),
+    "slopes": (68, "slope_factor", "own"),
+    "saturated": (84, "a_saturated_fraction", "activation"),
+    "dead": (84, "a_dead_fraction", "activation"),
+    "update": (50, "update_ratio", "own"),
+}
+
+
+def layer_table(p: Profile, at: int, width: int = 112) -> Table:
+    """One line per weight layer, output on top: what arrives, the gain of its step, who takes it, how it moves.
+
+    A narrow terminal gets a shorter bar and fewer columns, never half a number.
+    """
+    shown = {heading: told for heading, told in COLUMNS.items() if width >= told[0]}
+    bar = BAR if width >= 96 else BAR // 2
     table = Table(title=f"step {p.steps[at]}", title_justify="left", box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", no_wrap=True)
-    table.add_column("decades", justify="right")
-    table.add_column(f"of the output's gradient (| 1/T, T = {p.planned})", no_wrap=True)
-    for heading in ("gain", "weights", "slopes", "saturated", "dead", "update"):
-        table.add_column(heading, justify="right")
+    table.add_column("decades", justify="right", no_wrap=True)
+    table.add_column(f"of the output's gradient (| 1/T, T = {p.planned})" if width >= 112 else "", no_wrap=True)
+    for heading in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
     decades = p.decades[at]
     limit = -math.log10(p.planned)
     finite = decades[np.isfinite(decades)]
     deepest = max(abs(limit) * 1.2, float(np.abs(finite).max(initial=0)), 1.0)
     for row in reversed(range(len(p.lines))):
         line = p.lines[row]
-        layer = trace.layers[line]
-        carriers = [line, *layer.via]
-        table.add_row(
-            escape(layer.key.removesuffix("#0")),
-            _number(decades[row], 1),
-            _bar(decades[row], deepest, limit),
-            _number(p.gain[at, row], 3),
-            _number(_at(trace, "weight_factor", at, [line]), 3),
-            _number(_at(trace, "slope_factor", at, [line]), 3),
-            percent(_at(trace, "a_saturated_fraction", at, carriers)),
-            percent(_at(trace, "a_dead_fraction", at, carriers)),
-            _scientific(_at(trace, "update_ratio", at, [line])),
-        )
+        layer = p.trace.layers[line]
+        told = []
+        for heading, (_, column, whose) in shown.items():
+            value = _at(p.trace, column, at, [line, *layer.via] if whose == "activation" else [line])
+            share = whose == "activation"
+            told.append(percent(value) if share else _scientific(value) if heading == "update" else _number(value, 3))
+        table.add_row(escape(layer.title), _number(decades[row], 1), _bar(decades[row], deepest, limit, bar), *told)
     return table
 
 
@@ -93,16 +102,16 @@ def _at(trace: Trace, column: str, at: int, lines: Sequence[int]) -> float:
     return next((float(values[at, i]) for i in lines if there[at, i]), math.nan)
 
 
-def _bar(decades: float, deepest: float, limit: float) -> Text:
+def _bar(decades: float, deepest: float, limit: float, width: int) -> Text:
     """A bar as long as what is lost (█, blue) or gained (▒, orange), and the limit 1/T on its scale."""
     if math.isnan(decades):
         return Text("not measured", style="dim")
     if math.isinf(decades):
         return Text("exactly 0" if decades < 0 else "infinite", style="bold magenta")
-    scale = BAR / deepest
+    scale = width / deepest
     cells = round(abs(decades) * scale)
     mark = round(abs(limit) * scale)
-    text = list(("█" if decades < 0 else "▒") * cells + " " * (max(BAR, cells) + 1 - cells))
+    text = list(("█" if decades < 0 else "▒") * cells + " " * (max(width, cells) + 1 - cells))
     if cells <= mark < len(text):
         text[mark] = "|"
     return Text("".join(text), style="blue" if decades < 0 else "yellow")
@@ -139,7 +148,7 @@ def findings_text(findings: Sequence[Finding], healthy: str) -> Group:
 def _span(layers: Sequence[str]) -> str:
     names = [name.removesuffix("#0") for name in layers]
     if len(names) > 3:
-        return f"{names[0]} to {names[-1]} ({len(names)} layers)"
+        return f"layers {names[0]} to {names[-1]} ({len(names)} of them)"
     return ", ".join(names)
 
 
@@ -149,7 +158,7 @@ def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None,
     summary = diagnosis.summarize(trace, findings)
     shown = np.flatnonzero(p.finite)
     if len(p.lines) and shown.size:
-        out.print(layer_table(p, int(shown[-1])))
+        out.print(layer_table(p, int(shown[-1]), out.width))
         first, last = summary["first"], summary["last"]
         out.print(
             f"gain per hidden layer: {_number(first['gain_per_layer'], 3)} at step {first['step']}, "
@@ -224,25 +233,33 @@ class Grid:
             if row.outcome is not None:
                 cells.setdefault(tuple(row.overrides.get(key, "") for key in keys), []).append(row.outcome)
         seeds = max(map(len, cells.values()))
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for key in keys:
-            table.add_column(_short(key), justify="right" if key.endswith(("depth", "width")) else "left")
-        if seeds > 1:
-            table.add_column("seeds", justify="right")
-        for heading in ("accuracy", "gain per layer", "decades, layer 1"):
-            table.add_column(heading, justify="right")
-        table.add_column("verdict", no_wrap=True)
+        wide = self.out.width >= 100
+        lines: list[list[str | Text]] = []
         for cell, outcomes in cells.items():
-            words = list(dict.fromkeys(o.told for o in outcomes))
-            word = outcomes[0].verdict
-            columns = [
-                _spread([100 * o.test_accuracy for o in outcomes], 1, " %"),
-                _spread([o.gain_per_layer for o in outcomes], 3),
-                _spread([o.decades_first_layer for o in outcomes], 1),
-            ]
-            counted = [str(len(outcomes))] if seeds > 1 else []
-            told = Text(f"{GLYPHS[word]} {'; '.join(words)}", style=STYLES[word])
-            table.add_row(*map(escape, cell), *counted, *columns, told)
+            words = "; ".join({(o.kind, o.cause): o.told for o in outcomes}.values())  # shares differ a little by seed
+            verdict = outcomes[0].verdict
+            lines.append(
+                [
+                    *cell,
+                    *([str(len(outcomes))] if seeds > 1 else []),
+                    _spread([100 * o.test_accuracy for o in outcomes], 1, " %"),
+                    _spread([o.gain_per_layer for o in outcomes], 3),
+                    _spread([o.decades_first_layer for o in outcomes], 1),
+                    Text(
+                        f"{GLYPHS[verdict]} {words if wide else words.replace('vanishing by ', '')}",
+                        style=STYLES[verdict],
+                    ),
+                ]
+            )
+        numbers = ("accuracy", "gain at start", "decades at end") if wide else ("accuracy", "gain", "D_1")
+        headings = [*map(_short, keys), *(["seeds"] if seeds > 1 else []), *numbers, "verdict"]
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for i, heading in enumerate(headings):  # cells are kept whole; a heading may be cut
+            left = heading == "verdict" or (i < len(keys) and not heading.endswith(("depth", "width")))
+            least = max(len(str(line[i])) for line in lines) if wide or heading != "verdict" else None
+            table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=least)
+        for line in lines:
+            table.add_row(*(escape(told) if isinstance(told, str) else told for told in line))
         return table
 
 

@@ -87,6 +87,17 @@ class Layer:
         return f"{self.name}#{self.call}"
 
     @property
+    def title(self) -> str:
+        """How it is called in a sentence: its name; where that is a mere number, with its kind.
+
+        Example:
+            >>> Layer("linear1", 0, "linear").title, Layer("4", 1, "linear").title
+            ('linear1', '4#1 (linear)')
+        """
+        name = self.key.removesuffix("#0")
+        return name if any(c.isalpha() for c in self.name) else f"{name} ({self.kind})"
+
+    @property
     def is_weight_layer(self) -> bool:
         """Whether it multiplies by a weight matrix: what depth counts."""
         return self.fan_in is not None
@@ -140,6 +151,11 @@ class Trace:
     missing: list[Missing]
     meta: dict[str, Any]
 
+    def __repr__(self) -> str:
+        steps = self.sampled_steps
+        span = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step"
+        return f"Trace({len(self.layers)} layers, {len(steps)} sampled, {span}; diagnose(trace) judges it)"
+
     @classmethod
     def build(
         cls,
@@ -164,7 +180,7 @@ class Trace:
         """
         run = Path(folder)
         if not run.is_dir():
-            raise TraceError(f"{run}: no such folder")
+            raise TraceError(f"{run}: {'a file, not a run folder' if run.exists() else 'no such folder'}")
         here = run / "trace" if (run / "trace").is_dir() else run
         if not (here / "meta.json").is_file():
             raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")

@@ -90,7 +90,7 @@ def device(config: Config) -> torch.device:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say no
         there = ["cpu", *(kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available())]
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0][:100]
         raise UsageError(f"training.device={name}: {reason}; here: {', '.join(there)}") from error
     return found
 

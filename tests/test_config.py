@@ -137,7 +137,7 @@ def test_nan_and_minus_infinity_are_refused(key, value):
 def test_a_refusal_names_the_range():
     with pytest.raises(UsageError, match=r"^optimizer\.momentum=1\.5: must be from 0 to 1$"):
         check_ranges(changed("optimizer.momentum", 1.5))
-    with pytest.raises(UsageError, match=r"^data\.batch_size=0: must be at least 1$"):
+    with pytest.raises(UsageError, match=r"^data\.batch_size=0: must be 1 or more$"):
         check_ranges(changed("data.batch_size", 0))
 
 

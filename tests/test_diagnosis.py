@@ -423,7 +423,7 @@ def test_words_and_files(word, tmp_path):
     assert summary["layers"] == [f"z{n}#0" for n in range(1, 6)]
     assert summary["first"]["step"] == 0
     assert len(summary["last"]["decades"]) == 5
-    assert (findings[0].sentence if findings else "Healthy") in diagnosis.as_markdown(findings)
+    assert (findings[0].sentence if findings else "No fault found") in diagnosis.as_markdown(findings)
 
 
 def test_notes():

@@ -149,6 +149,11 @@ BAD = [
     (["training.device=abacus"], "training.device=abacus"),
     (["experiment=vanish"], "did you mean 'vanishing'"),
     (["model.depth=5,10"], "add -m"),
+    (["model.depth=5", "20"], "20: not KEY=VALUE"),
+    (["-m", "seed=0,0"], "asked for twice in one sweep"),
+    (["~seed"], "no key can be taken away"),
+    (["hydra.run.dir=/dev/null/run"], "cannot be written"),
+    (["-m", "seed=0,1", "hydra.sweep.dir=/dev/null/runs"], "cannot be written"),
     (["-m", "model.depth=5,0"], "job model.depth=0"),
     (["-m", "experiment=vanishing", "model.depth=5,x"], "could not be converted"),
     (["model={depth:3,foo:1}"], "foo"),
@@ -206,6 +211,40 @@ def test_stored_runs_are_judged_again_without_torch(capsys):
     (told,) = json.loads(capsys.readouterr().out)
     assert told["run"] == str(run)
     assert told["findings"][0]["kind"] == "vanishing"
+
+
+def test_a_run_that_cannot_be_read_stops_no_other(capsys):
+    assert main([*QUICK, "hydra.run.dir=runs/one"]) == 0
+    damaged = Path("runs/two/trace")
+    damaged.mkdir(parents=True)
+    (damaged / "meta.json").write_text("{")
+    Path("file").write_text("no folder")
+    capsys.readouterr()
+    assert main(["diagnose", "runs", "file"]) == 2
+    told = capsys.readouterr()
+    assert "lives" in told.out
+    assert "runs/two" in told.err
+    assert "file: a file, not a run folder" in told.err
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80", "100", "130"])
+def test_no_number_is_cut_in_a_narrow_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main([*QUICK, "model.activation=sigmoid"]) == 0
+    table = capsys.readouterr().out.partition("gain per hidden")[0]
+    assert "linear1 " in table
+    assert "…" not in table
+    assert main(["-m", *QUICK[1:], "model.depth=3,10", "model.activation=sigmoid,relu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("    3 ", "   10 "))]
+    assert len(lines) == 4 or columns == "40"
+    assert columns == "40" or all("%" in line for line in lines)
+
+
+def test_a_terminal_without_unicode_gets_no_traceback(tmp_path):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    arguments = [sys.executable, "-m", "bpdiag", *QUICK]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_users_own_experiments_are_found(tmp_path):

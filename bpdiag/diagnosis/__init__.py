@@ -134,7 +134,7 @@ def healthy_sentence(p: Profile, at: int) -> str:
     """What a healthy net is told: how much of the output's gradient reaches its first layer."""
     if not p.lines:
         return "No weight layer received a gradient: there is nothing to judge."
-    name, decades = p.names([0])[0].removesuffix("#0"), p.decades[at, 0]
+    name, decades = p.title(0), p.decades[at, 0]
     if math.isnan(decades):
         return f"Nothing to judge: at step {p.steps[at]} no gradient was measured in {name}, or none left the output."
     told = f"{name} receives {power(decades)} of what the output sends"
@@ -153,7 +153,7 @@ def write(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[s
 def as_markdown(findings: Sequence[Finding]) -> str:
     """The findings for TensorBoard's text tab."""
     if not findings:
-        return "**Healthy**: no finding."
+        return "**No fault found.**"
     lines = []
     for f in findings:
         lines.append(f"**{f.sentence}** {f.why}\n\n- {f.kind} by {f.cause}, {f.severity}, from step {f.onset_step}")

@@ -23,6 +23,9 @@ class Finding:
     sentence: str = ""  # what, where, how much
     why: str = ""
 
+    def __repr__(self) -> str:
+        return f"Finding({self.kind} by {self.cause}, {self.severity}: {self.sentence})"
+
     def __str__(self) -> str:
         parts = (self.sentence, self.why, f"Remedy: {self.remedy}.", f"Expected: {self.expected}.")
         return " ".join(part for part in parts if part)

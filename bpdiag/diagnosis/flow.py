@@ -70,7 +70,7 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
         "step": float(p.steps[at]),
         **evidence,
     }
-    name = p.names([lowest])[0].removesuffix("#0")
+    name = p.title(lowest)
     if sign < 0:
         sentence = f"The gradient dies on its way down: {name} receives {power(decades)} of what the output sends."
     else:
@@ -137,8 +137,9 @@ def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: 
 def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) -> tuple[str, str]:
     """(what to do, what that should do to the number)."""
     decades = evidence["decades"]
-    back = evidence.get({"weights": "decades_weights", "slopes": "decades_slopes"}.get(cause, ""), decades)
-    after = decades - back
+    # another activation comes with its own critical weights: both go
+    mended = {"weights": ("weights",), "slopes": ("weights", "slopes")}.get(cause, tuple(OWNERS))
+    after = decades - sum(evidence[f"decades_{owner}"] for owner in mended)
     goal = f"decades of the lowest layer from {real(decades)} to about {real(after)}"
     if not math.isfinite(after):
         goal = "a gradient in every layer: decades of the lowest layer to about 0"

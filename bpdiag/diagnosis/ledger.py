@@ -45,6 +45,10 @@ class Profile:
     planned: int
     sgd_like: bool
 
+    def title(self, at: int) -> str:
+        """What weight layer number ``at`` (from 0) is called in a sentence."""
+        return self.trace.layers[self.lines[at]].title
+
     def names(self, where: Sequence[int]) -> tuple[str, ...]:
         """``name#call`` of weight layers by their number from 0."""
         return tuple(self.trace.layers[self.lines[i]].key for i in where)

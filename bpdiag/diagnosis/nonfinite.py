@@ -32,13 +32,13 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         index, cause = _first_bad_call(trace, at)
         if index is not None:
             layers = (trace.layers[index].key,)
-            where = f"{_PLACES[cause]} {trace.layers[index].key.removesuffix('#0')}"
+            where = f"{_PLACES[cause]} {trace.layers[index].title}"
             where += f" at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
         if at:
             ratio = trace.column("update_ratio")[0][at - 1]
             reach = ratio * np.sqrt([float(layer.fan_in or 0) for layer in trace.layers])
             evidence["largest_reach_before"] = float(np.nanmax(reach)) if np.isfinite(reach).any() else math.nan
-        gains = trace.column("forward_gain")[0][at]
+        gains = trace.column("forward_gain")[0][max(at - 1, 0)]  # of the last finite sample, if there is one
         gains = gains[np.isfinite(gains) & (gains > 0)]
         if gains.size:
             evidence["forward_gain"] = float(np.exp(np.median(np.log(gains))))
@@ -47,7 +47,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     grown = evidence.get("forward_gain", 1.0)
     if cause == "input":
         remedy, expected = "repair or drop the samples that are not finite", "every number finite"
-    elif cause == "forward" and grown > 2:
+    elif cause in ("forward", "weights") and grown > 2:
         remedy = "initialize at the critical weight variance, 2/fan_in for relu, 1/fan_in for tanh"
         expected = f"forward gain per layer from {grown:.2g} to 1"
     else:

@@ -28,7 +28,7 @@ def dead_units(p: Profile) -> Iterator[Finding]:
         return
     worst = max(judged, key=lambda case: (case.severity == "harm", case.dead))
     alike = [case for case in judged if case.severity == worst.severity]
-    name, batches = worst.key.removesuffix("#0"), p.trace.layers[worst.line].window
+    name, batches = p.trace.layers[worst.line].title, p.trace.layers[worst.line].window
     share, chance = percent(worst.dead), percent(worst.chance)
     more = len(alike) - 1
     others = f", and many of {more} more layer{'s' * (more > 1)}" if more else ""
