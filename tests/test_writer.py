@@ -122,7 +122,7 @@ def test_the_findings_stand_as_text(tmp_path):
         assert event.step == steps
         assert bool(findings) == (name == "sick")
         assert all(f"{f['kind']} by {f['cause']}" in text and f["remedy"] in text for f in findings)
-        assert findings or "Healthy" in text
+        assert findings or "No fault found" in text
         board = accumulate(tmp_path / name)
         assert board.SummaryMetadata("findings").plugin_data.plugin_name == "text"
 
