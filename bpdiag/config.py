@@ -75,6 +75,17 @@ class WatchConfig:
 
 
 @dataclass
+class Expectation:
+    """What an experiment should show, checked against its results when it has run."""
+
+    what: str = ""  # a column of results.csv
+    where: str = ""  # KEY=VALUE of the jobs it is about, spaces between; empty: all
+    equals: str = ""  # a number, or a word
+    within: float = 0.0  # of a number: the relative distance allowed, for every one of the jobs
+    source: str = ""  # of the number
+
+
+@dataclass
 class Config:
     """One run, whole."""
 
@@ -84,6 +95,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    expect: list[Expectation] = field(default_factory=list)  # of an experiment; no run reads it
 
 
 # key: (smallest, largest); both ends allowed
@@ -133,7 +145,7 @@ def meanings(config: Any, prefix: str = "") -> dict[str, str]:
     out: dict[str, str] = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        own = {prefix + f.name: f.metadata.get("meaning", "")}
+        own = {} if isinstance(value, list) else {prefix + f.name: f.metadata.get("meaning", "")}
         out |= meanings(value, f"{prefix}{f.name}.") if is_dataclass(value) else own
     return out
 
@@ -162,6 +174,8 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
+        if isinstance(value, list):
+            continue
         out |= flat(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
     return out
 

@@ -66,9 +66,10 @@ def launch(
         JobsFailedError: One or more jobs raised; all others have run.
     """
     from hydra.core.utils import JobStatus, run_job, setup_globals
-    from omegaconf import open_dict
+    from omegaconf import OmegaConf, open_dict
 
     from bpdiag import results, terminal
+    from bpdiag.config import Expectation
 
     setup_globals()
     sweep = Path(str(config.hydra.sweep.dir))
@@ -102,7 +103,10 @@ def launch(
                 grid.job(rows[-1], time.perf_counter() - start)
     finally:
         if grid:
-            grid.end(time.perf_counter() - begun)
+            expected = (
+                [Expectation(**told) for told in OmegaConf.to_container(config.expect)] if "expect" in config else []
+            )
+            grid.end(time.perf_counter() - begun, results.check(expected, rows))
         elif TELLS.get() == "json":
             print(json.dumps(plain([row.flat() for row in rows]), indent=1))  # noqa: T201
     failed = sum(row.outcome is None for row in rows)

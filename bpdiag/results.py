@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bpdiag import diagnosis
+from bpdiag.config import Expectation
 from bpdiag.diagnosis import Finding
 from bpdiag.diagnosis.finding import percent
 from bpdiag.trace import Trace, replace
@@ -86,6 +87,50 @@ class Row:
         told.pop("told", None)
         status = "done" if self.outcome else "failed"
         return {**config, "run": self.folder, "status": status, "error": self.error, **told}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An expectation beside what was measured."""
+
+    expectation: Expectation
+    values: list[Any]  # of the jobs it is about
+    holds: bool | None  # None: no job was of that kind
+
+    def __str__(self) -> str:
+        e = self.expectation
+        asked = f"{e.what} {e.equals}" + (f" ± {percent(e.within)}" if e.within else "")
+        about = f" where {e.where}" if e.where else ""
+        return f"{asked}{about}: measured {self.measured}" + (f" ({e.source})" if e.source else "")
+
+    @property
+    def measured(self) -> str:
+        """The values in a few words: a range of numbers, the words there were."""
+        if not self.values:
+            return "nothing, no job was of that kind"
+        if all(isinstance(v, int | float) for v in self.values):
+            low, high = min(self.values), max(self.values)
+            return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        return ", ".join(sorted({str(v) or "none" for v in self.values}))
+
+
+def check(expectations: Sequence[Expectation], rows: Sequence[Row]) -> list[Checked]:
+    """Each expectation against the finished jobs it is about; it holds if it holds for every one of them."""
+    told = []
+    for expectation in expectations:
+        pairs = dict(pair.split("=", 1) for pair in expectation.where.split())
+        flats = [row.flat() for row in rows if row.outcome is not None]
+        values = [f.get(expectation.what) for f in flats if all(str(f.get(k)) == v for k, v in pairs.items())]
+        holds = all(_meets(value, expectation) for value in values) if values else None
+        told.append(Checked(expectation, values, holds))
+    return told
+
+
+def _meets(value: Any, expectation: Expectation) -> bool:
+    if not isinstance(value, int | float):
+        return str(value) == expectation.equals
+    wanted = float(expectation.equals)
+    return math.isfinite(value) and abs(value - wanted) <= expectation.within * abs(wanted) + 1e-12
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:

@@ -25,7 +25,7 @@ from rich.text import Text
 from bpdiag import diagnosis
 from bpdiag.diagnosis import Finding, Profile
 from bpdiag.diagnosis.finding import percent, real
-from bpdiag.results import Outcome, Row
+from bpdiag.results import Checked, Outcome, Row
 from bpdiag.trace import Trace
 
 GLYPHS = {
@@ -46,6 +46,7 @@ STYLES = {
     "not finite": "bold magenta",
     "not measured": "dim",
 }
+HELD = {True: ("✓ as expected", "default"), False: ("✗ not so", "bold yellow"), None: ("– open", "dim")}
 BAR = 24  # cells of the widest bar
 
 
@@ -211,12 +212,17 @@ class Grid:
         line.append(f"  {seconds:.1f} s", style="dim")
         self.out.print(line)
 
-    def end(self, seconds: float) -> None:
-        """The table of all that ended, the failures again, and where to look."""
+    def end(self, seconds: float, checked: Sequence[Checked] = ()) -> None:
+        """The table of all that ended, what was expected of it, the failures again, and where to look."""
         failed = [row for row in self.rows if row.outcome is None]
         if len(failed) < len(self.rows):
             self.out.print()
             self.out.print(self._table())
+        if checked and self.rows:
+            self.out.print("\nexpected")
+        for one in checked if self.rows else ():
+            mark, style = HELD[one.holds]
+            self.out.print(Text(f"  {mark}: {one}", style=style))
         for row in failed:
             told = f"failed: {self._name(row)}: {row.error}\n        see {row.folder}/error.log"
             self.err.print(Text(told, style="red"), soft_wrap=True)

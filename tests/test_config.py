@@ -16,7 +16,7 @@ def typed(config_class, prefix=""):
             yield prefix + name, kind
 
 
-TYPES = dict(typed(Config))
+TYPES = {key: kind for key, kind in typed(Config) if key != "expect"}  # an experiment's, no run's
 NUMBERS = {key for key, kind in TYPES.items() if kind in (int, float)}
 
 

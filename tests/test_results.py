@@ -5,7 +5,8 @@ import math
 import pandas
 import pytest
 
-from bpdiag.results import Outcome, Row, half_a_line, write
+from bpdiag.config import Expectation
+from bpdiag.results import Outcome, Row, check, half_a_line, write
 
 
 def outcome(**more):
@@ -76,3 +77,28 @@ def test_nothing_torn_is_left(tmp_path, monkeypatch):
 
 def test_a_healthy_run_is_told_in_a_word():
     assert half_a_line("lives", []) == "lives"
+
+
+def test_an_expectation_is_held_against_the_jobs_it_is_about():
+    rows = [
+        Row({}, "a", outcome(config={"model.depth": 5}, gain_per_layer=0.98)),
+        Row({}, "b", outcome(config={"model.depth": 9}, gain_per_layer=1.20)),
+        Row({}, "c", None, "failed"),
+    ]
+    asked = [
+        Expectation("gain_per_layer", "model.depth=5", "1", 0.05, "He et al. 2015"),
+        Expectation("gain_per_layer", "", "1", 0.05),
+        Expectation("cause", "model.depth=9", "slopes"),
+        Expectation("cause", "model.depth=9", "weights"),
+        Expectation("cause", "model.depth=77", "weights"),
+    ]
+    told = check(asked, rows)
+    assert [one.holds for one in told] == [True, False, True, False, None]
+    assert str(told[0]) == "gain_per_layer 1 ± 5 % where model.depth=5: measured 0.98 (He et al. 2015)"
+    assert "measured 0.98 to 1.2" in str(told[1])
+    assert "no job was of that kind" in str(told[4])
+
+
+def test_what_is_not_finite_meets_no_expectation():
+    rows = [Row({}, "a", outcome(gain_per_layer=math.nan))]
+    assert check([Expectation("gain_per_layer", "", "1", 9.0)], rows)[0].holds is False

@@ -78,7 +78,9 @@ def _judge(p: Profile, at: int, i: int, j: int) -> _Case | None:
     size = np.nan_to_num(p.ledger["slopes"][:, at] - math.log10(largest), nan=0.0)  # log10(rms slope / largest)
     weightless = p.trace.column("W_rms")[0][:, i] == 0  # silent for another reason: nothing arrives
     most = there & p.finite & (dead > MOST) & ~weightless
-    blocked = there & ~weightless & harmed_layers(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | most)
+    blocked = (
+        there & ~weightless & harmed_layers(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | (most & _slopes_lead(p)))
+    )
     batch = (layer.shape[0] if layer.shape else 1) * max(carrier.window, 1)
     chance = np.zeros(len(p.steps))
     for s in np.flatnonzero(most | blocked):
@@ -101,6 +103,12 @@ def _judge(p: Profile, at: int, i: int, j: int) -> _Case | None:
         first_update=float(p.trace.column("update_ratio")[0][0, i]),
         loss=float(p.losses[quote[-1]]),
     )
+
+
+def _slopes_lead(p: Profile) -> np.ndarray:
+    """(S,) bool: of all owners the slopes take most decades."""
+    sums = {owner: np.nansum(decades, axis=1) for owner, decades in p.ledger.items()}
+    return sums["slopes"] <= np.min(list(sums.values()), axis=0)
 
 
 def _activations(p: Profile) -> Iterator[tuple[int, int, int]]:
