@@ -100,7 +100,9 @@ class Checked:
     def __str__(self) -> str:
         e = self.expectation
         asked = f"{e.what} {e.equals}" + (f" ± {percent(e.within)}" if e.within else "")
-        about = f" where {e.where}" if e.where else ""
+        keys = [pair.partition("=") for pair in e.where.split()]
+        short = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in keys)
+        about = f" where {short}" if short else ""
         return f"{asked}{about}: measured {self.measured}" + (f" ({e.source})" if e.source else "")
 
     @property

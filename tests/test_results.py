@@ -94,7 +94,7 @@ def test_an_expectation_is_held_against_the_jobs_it_is_about():
     ]
     told = check(asked, rows)
     assert [one.holds for one in told] == [True, False, True, False, None]
-    assert str(told[0]) == "gain_per_layer 1 ± 5 % where model.depth=5: measured 0.98 (He et al. 2015)"
+    assert str(told[0]) == "gain_per_layer 1 ± 5 % where depth=5: measured 0.98 (He et al. 2015)"
     assert "measured 0.98 to 1.2" in str(told[1])
     assert "no job was of that kind" in str(told[4])
 
