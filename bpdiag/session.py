@@ -17,6 +17,21 @@ from bpdiag.config import UsageError
 from bpdiag.dashboard.writer import TensorBoardWriter
 from bpdiag.trace import Trace, TraceWriter
 
+# settings that the hparams tab shows, by their short names: the tab opens on the first five in alphabetical order
+TOLD = {
+    "seed": "seed",
+    "data.batch_size": "batch_size",
+    "model.activation": "activation",
+    "model.bias_variance": "bias_variance",
+    "model.depth": "depth",
+    "model.weight_variance": "weight_variance",
+    "model.width": "width",
+    "optimizer.lr": "lr",
+    "optimizer.momentum": "momentum",
+    "optimizer.name": "optimizer",
+    "optimizer.weight_decay": "weight_decay",
+}
+
 
 def watch(
     model: nn.Module,
@@ -80,6 +95,7 @@ class Watch:
         self._open = lambda: self._begin(model, optimizers, every, planned_steps)
         self._recorder: hooks.Recorder | None = None
         self._closed, self._final = False, None
+        self._results: dict[str, float] = {}
 
     def _begin(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], every: int, planned_steps: int | None
@@ -123,9 +139,21 @@ class Watch:
                 findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
                 diagnosis.write(self.trace, findings, self._log)
                 self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
+                self._tell_settings(findings)
         finally:
             if self._board is not None:
                 self._board.close()
+
+    def _tell_settings(self, findings: list[diagnosis.Finding]) -> None:
+        """A run of ours in the hparams tab: its configuration, test accuracy, D_1, number of findings."""
+        if "config" in self._writer.meta and self._board is not None:
+            results = {
+                **self._results,
+                "summary/decades_layer_1": diagnosis.summarize(self.trace, findings)["decades_first_layer"],
+                "summary/findings": float(len(findings)),
+            }
+            told = {key: value for key, value in dotted(self._writer.meta["config"]).items() if key in TOLD}
+            self._board.add_settings({TOLD[key]: value for key, value in told.items()}, results, self._running().step)
 
     def loss(self, loss: Tensor) -> Tensor:
         """Note the step's loss, of every step, and return it; read by the host with the next sample."""
@@ -142,6 +170,7 @@ class Watch:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Numbers of your own for the dashboard: an accuracy, a learning rate."""
+        self._results |= {tag: value for tag, value in values.items() if tag.endswith("/test")}
         if self._board is not None:
             self._board.add_scalars(values, step)
 
@@ -172,3 +201,19 @@ class Watch:
         if self._recorder is None:
             raise UsageError("not begun: use it as `with bpdiag.watch(model, optimizer) as watch:`")
         return self._recorder
+
+
+def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one of dotted keys; lists are left out.
+
+    Example:
+        >>> dotted({"seed": 0, "model": {"depth": 5}})
+        {'seed': 0, 'model.depth': 5}
+    """
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= dotted(value, f"{prefix}{key}.")
+        elif not isinstance(value, list):
+            out[prefix + key] = value
+    return out

@@ -4,20 +4,25 @@ import copy
 import json
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as custom_scalar
+from tensorboard.plugins.hparams import metadata as hparams
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bpdiag import Trace, watch
-from bpdiag.config import ModelConfig
+from bpdiag.config import Config, ModelConfig, TrainingConfig
 from bpdiag.dashboard.writer import TAGS, TensorBoardWriter
 from bpdiag.model import build
 from bpdiag.trace import Layer, Sample, TraceError
+from bpdiag.training import train as train_config
 
 torch.set_num_threads(1)
 
@@ -102,7 +107,7 @@ def test_one_event_per_sampled_step_and_the_loss_of_every_step(tmp_path):
     assert told == [(int(s), float32(v)) for s, v in zip(steps, losses, strict=True)]
     assert [(e.step, e.value) for e in board.Scalars("update/learning_rate")] == [(0, 0.25), (3, 0.25), (6, 0.25)]
     assert [e.step for e in written if "loss/train" in tags(e)] == [
-        e.step for e in written if "findings" not in tags(e)
+        e.step for e in written if not {"findings", "custom_scalars__config__"} & set(tags(e))
     ]
 
 
@@ -240,3 +245,35 @@ def test_the_model_can_be_copied_inside_the_block_and_the_copy_is_not_watched(tm
         return watching.trace.to_arrow().to_pylist()
 
     assert told(True) == told(False)
+
+
+def test_a_run_of_ours_stands_in_the_hparams_tab_without_a_run_of_its_own(tmp_path):
+    training = TrainingConfig(steps=4)
+    result = train_config(Config(model=ModelConfig(depth=3, width=8), training=training), tmp_path / "run")
+    assert [p.parent.name for p in tmp_path.rglob("events.out*")] == ["run"]
+    values = {v.tag: v for e in events(tmp_path / "run") for v in e.summary.value}
+    parts = [hparams.parse_session_start_info_plugin_data, hparams.parse_experiment_plugin_data]
+    tags_of = (hparams.SESSION_START_INFO_TAG, hparams.EXPERIMENT_TAG)
+    start, experiment = (p(values[t].metadata.plugin_data.content) for p, t in zip(parts, tags_of, strict=True))
+    assert start.hparams["depth"].number_value == 3
+    assert start.hparams["activation"].string_value == "relu"
+    assert {i.name for i in experiment.hparam_infos} == set(start.hparams)
+    shown = [info.name.tag for info in experiment.metric_infos]
+    assert shown == ["accuracy/test", "summary/decades_layer_1", "summary/findings"]
+    assert values["accuracy/test"].tensor.float_val[0] == float32(result.metrics["test_accuracy"])
+    assert values["summary/findings"].tensor.float_val[0] == len(result.findings)
+
+
+def test_a_model_of_somebody_elses_has_no_settings_to_show(tmp_path):
+    run(tmp_path)
+    assert not any("hparams" in t for e in events(tmp_path) for t in tags(e))
+
+
+def test_every_statistic_has_one_chart_with_all_layers(tmp_path):
+    run(tmp_path)
+    (value,) = [v for e in events(tmp_path) for v in e.summary.value if v.tag == custom_scalar.CONFIG_SUMMARY_TAG]
+    layout = layout_pb2.Layout.FromString(value.tensor.string_val[0])
+    patterns = [tag for c in layout.category for chart in c.chart for tag in chart.multiline.tag]
+    written = {t for e in events(tmp_path) for t in tags(e) if t.count("/") == 2}
+    assert len(patterns) == len(TAGS)
+    assert all(sum(bool(re.match(p, tag)) for p in patterns) == 1 for tag in written)

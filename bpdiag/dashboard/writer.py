@@ -7,6 +7,7 @@ Tags are ``group/statistic/NN_kind``, NN counting the weight layers from the inp
     signal/z_rms/03_linear               what enters phi       signal/saturated/03_tanh, signal/dead/03_tanh
     update/update_ratio/03_linear        rms(dW) / rms(W)
 
+The custom scalars tab shows all layers of a statistic in one chart, the hparams tab a run of ours by its settings.
 One event carries all of a step's numbers: 13 bytes each instead of 42.
 """
 
@@ -14,17 +15,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from bpdiag.dashboard import summaries
 from bpdiag.trace import Layer, Sample
 
 TAGS = {
@@ -44,6 +43,7 @@ class TensorBoardWriter:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._file = EventFileWriter(str(Path(folder)))
+        self._add(summaries.layout({tag: tag.partition("/")[2].replace("_", " ") for tag in TAGS.values()}), 0)
 
     def write(self, sample: Sample) -> None:
         """One event per step: the losses of the steps since the last sample, then the sample."""
@@ -66,13 +66,13 @@ class TensorBoardWriter:
 
     def add_text(self, tag: str, markdown: str, step: int) -> None:
         """Markdown for the text tab."""
-        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=text_metadata.PLUGIN_NAME))
-        tensor = TensorProto(
-            dtype=DT_STRING,
-            string_val=[markdown.encode()],
-            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
-        )
-        self._add(Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)]), step)
+        self._add(summaries.text(tag, markdown), step)
+
+    def add_settings(self, config: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
+        """What was asked of the run and what it came to, for the hparams tab: no run of its own."""
+        self.add_scalars(dict(results), step)
+        for summary in summaries.settings(config, list(results)):
+            self._add(summary, step)
 
     def close(self) -> None:
         """Flush and close the file."""
