@@ -25,6 +25,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag -m KEY=VALUE,VALUE ...    every combination, one table at the end
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json]
+  bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
 
   bpdiag model.activation=sigmoid model.depth=10
   bpdiag -m model.activation=tanh,relu model.depth=5,20 seed=0,1,2
@@ -133,7 +134,28 @@ def _runs(folder: Path) -> list[Path]:
     return [folder]
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"diagnose": _diagnose}
+def _diff(arguments: list[str]) -> int:
+    """``bpdiag diff RUN RUN``: what differs between two runs, and where their numbers part."""
+    parser = argparse.ArgumentParser(prog="bpdiag diff", description="What differs between two runs.")
+    parser.add_argument("run", nargs=2, help="a run folder")
+    told = parser.parse_args(arguments)
+
+    from bpdiag.difference import compare
+    from bpdiag.trace import Trace
+
+    difference = compare(*(Trace.load(run) for run in told.run))
+    for key, (one, other) in difference.asked.items():
+        print(f"{key}: {one} against {other}")
+    if difference.layers:
+        print(difference.layers)
+    if difference.parting:
+        print(f"the numbers part at {difference.parting}")
+    else:
+        print(f"no number parts in {difference.common_steps} sampled steps")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"diagnose": _diagnose, "diff": _diff}
 
 
 # ---- training through Hydra -------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "hooks": ({"rules", "statistics"}, {"torch"}),
     # judging
     "diagnosis": (set(), {"numpy"}),
+    "difference": (set(), {"numpy"}),
     # showing
     "dashboard": (set(), {"tensorboard"}),
     "results": ({"diagnosis"}, {"pyarrow"}),
@@ -35,7 +36,10 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),
     "training": ({"session", "model", "data", "rules", "diagnosis"}, {"torch", "PIL"}),
     "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
-    "__main__": ({"training", "launcher", "results", "terminal", "diagnosis", "__init__"}, {"hydra", "omegaconf"}),
+    "__main__": (
+        {"training", "launcher", "results", "terminal", "difference", "diagnosis", "__init__"},
+        {"hydra", "omegaconf"},
+    ),
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }
 STOREYS = [
@@ -43,7 +47,7 @@ STOREYS = [
     ["rules", "statistics"],
     ["model", "data"],
     ["hooks"],
-    ["diagnosis"],
+    ["diagnosis", "difference"],
     ["dashboard", "results"],
     ["terminal"],
     ["session"],
