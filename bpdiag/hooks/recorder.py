@@ -317,6 +317,7 @@ class Recorder:
         gaps = self._reduce_weights(no_update)
         group = self.optimizers[0].param_groups[0] if self.optimizers else {}
         rate = {"lr": group["lr"]} if "lr" in group else {}
+        rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         losses = self._read([*(call.values for call in self._calls), rate])
         ways, more = derive(self._calls, self._given)
         gaps += more
@@ -349,7 +350,7 @@ class Recorder:
 
     def _read(self, tables: list[dict[str, Any]]) -> list[tuple[int, float]]:
         """Replace every tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
-        told = dict(enumerate(loss for _, loss in self._losses))
+        told = {i: statistics.mean(x) if isinstance(x, Tensor) else x for i, (_, x) in enumerate(self._losses)}
         places = [
             (table, key) for table in (*tables, told) for key, value in table.items() if isinstance(value, Tensor)
         ]
@@ -357,7 +358,7 @@ class Recorder:
         for table, key in places:
             by_device.setdefault(table[key].device, []).append((table, key))
         for group in by_device.values():
-            numbers = torch.stack([statistics.mean(table[key]) for table, key in group]).tolist()
+            numbers = torch.stack([table[key] for table, key in group]).tolist()
             for (table, key), number in zip(group, numbers, strict=True):
                 table[key] = number
         of_step: dict[int, list[float]] = {}
