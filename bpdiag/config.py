@@ -135,6 +135,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(names)}" + (f"; did you mean '{close[0]}'?" if close else "")
 
 
+def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one of dotted keys; lists are left out.
+
+    Example:
+        >>> dotted({"seed": 0, "model": {"depth": 5}})
+        {'seed': 0, 'model.depth': 5}
+    """
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out |= dotted(value, f"{prefix}{key}.")
+        elif not isinstance(value, list):
+            out[prefix + key] = value
+    return out
+
+
 def meanings(config: Any, prefix: str = "") -> dict[str, str]:
     """Dotted key -> what it means.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bpdiag.config import dotted
 from bpdiag.trace import COLUMNS, Trace
 
 # in the order of a step: forward, backward, update
@@ -47,7 +48,7 @@ def compare(a: Trace, b: Trace) -> Difference:
     nan equals nan, missing equals missing.  Of steps that only one of them sampled nothing is said; a loss that parts
     between two samples is told.
     """
-    flat_a, flat_b = (_flat({k: t.meta.get(k, {}) for k in ("config", "optimizer", "versions")}) for t in (a, b))
+    flat_a, flat_b = (dotted({k: t.meta.get(k, {}) for k in ("config", "optimizer", "versions")}) for t in (a, b))
     keys = dict.fromkeys([*flat_a, *flat_b])
     asked = {k: (flat_a.get(k), flat_b.get(k)) for k in keys if flat_a.get(k) != flat_b.get(k)}
     names_a, names_b = [x.key for x in a.layers], [x.key for x in b.layers]
@@ -102,10 +103,3 @@ def _first_loss(a: Trace, b: Trace) -> Parting | None:
         return None
     i = parts[0]
     return Parting(int(steps[i]), "", "loss", (float(one[i]), float(other[i])))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out

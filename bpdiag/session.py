@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bpdiag
 from bpdiag import diagnosis, hooks
-from bpdiag.config import UsageError
+from bpdiag.config import UsageError, dotted
 from bpdiag.dashboard.writer import TensorBoardWriter
 from bpdiag.trace import Trace, TraceWriter
 
@@ -201,19 +201,3 @@ class Watch:
         if self._recorder is None:
             raise UsageError("not begun: use it as `with bpdiag.watch(model, optimizer) as watch:`")
         return self._recorder
-
-
-def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one of dotted keys; lists are left out.
-
-    Example:
-        >>> dotted({"seed": 0, "model": {"depth": 5}})
-        {'seed': 0, 'model.depth': 5}
-    """
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out |= dotted(value, f"{prefix}{key}.")
-        elif not isinstance(value, list):
-            out[prefix + key] = value
-    return out
