@@ -129,9 +129,13 @@ def _runs(folder: Path) -> list[Path]:
             inside = {path.parent.parent for path in folder.glob("**/trace/meta.json")}
         except OSError:  # a folder that vanishes or may not be read while we look
             inside = set()
-        parts = lambda run: [p.zfill(9) if p.isdigit() else p for p in re.split(r"(\d+)", str(run))]  # noqa: E731
-        return sorted(inside, key=parts) or [folder]
+        return sorted(inside, key=_natural) or [folder]
     return [folder]
+
+
+def _natural(run: Path) -> list[str]:
+    """A key that puts depth=5 before depth=10."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", str(run))]
 
 
 def _diff(arguments: list[str]) -> int:

@@ -68,7 +68,10 @@ def profile(trace: Trace) -> Profile:
 def _profile(trace: Trace) -> Profile:
     lines = [i for i in trace.weight_layers() if trace.column("g_z_norm")[1][:, i].any()]
     steps = trace.sampled_steps
-    pick = lambda name: trace.column(name)[0][:, lines]  # noqa: E731
+
+    def pick(name: str) -> np.ndarray:
+        return trace.column(name)[0][:, lines]
+
     gain, decades = pick("backward_gain"), pick("decades")
     with np.errstate(all="ignore"):
         ledger = _ledger(trace, lines, gain)
@@ -93,7 +96,10 @@ def _profile(trace: Trace) -> Profile:
 
 def _ledger(trace: Trace, lines: list[int], gain: np.ndarray) -> dict[str, np.ndarray]:
     """(S, L) decades of the step above each weight layer, by owner; nan where the way up is not known."""
-    log = lambda name, i: np.log10(trace.column(name)[0][:, i])  # noqa: E731
+
+    def log(name: str, i: int) -> np.ndarray:
+        return np.log10(trace.column(name)[0][:, i])
+
     out = {owner: np.full(gain.shape, np.nan) for owner in ("weights", "slopes", "alignment", "other")}
     for at, i in enumerate(lines):
         layer = trace.layers[i]

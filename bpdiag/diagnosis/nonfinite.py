@@ -81,7 +81,12 @@ _PLACES = {
 
 def _first_bad_call(trace: Trace, at: int) -> tuple[int | None, str]:
     """The first call with finite inputs and a non-finite output, forward before backward; and what broke."""
-    bad = lambda name: (lambda v, there: there[at] & ~np.isfinite(v[at]))(*trace.column(name))  # noqa: E731
+
+    def bad(name: str) -> np.ndarray:
+        """(lines,) bool: measured in this sample and not finite."""
+        values, there = trace.column(name)
+        return there[at] & ~np.isfinite(values[at])
+
     out, weights, data = bad("z_norm") | bad("a_norm"), bad("W_rms"), bad("x_rms")
     for i, layer in enumerate(trace.layers):
         if data[i]:
