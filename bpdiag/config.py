@@ -40,10 +40,10 @@ class ModelConfig:
 class DataConfig:
     """What it is trained on."""
 
-    name: str = option("mnist", "mnist: 60,000 digits to train, 10,000 to test")
-    root: str = option("embedded", "embedded: the copy in the package; else a folder as torchvision lays it out")
+    name: str = option("mnist", "mnist; through torchvision: fashion_mnist, kmnist, emnist-digits, cifar10")
+    root: str = option("embedded", "embedded: MNIST in the package, others in ~/.cache/bpdiag; or torchvision's folder")
     batch_size: int = option(64, "samples per step")
-    split_seed: int = option(0, "which 5,000 training digits are held out for validation")
+    split_seed: int = option(0, "which 5,000 training samples are held out for validation")
 
 
 @dataclass

@@ -1,16 +1,21 @@
-"""MNIST as two tensors a split, on the device, sliced by index.
+"""MNIST and its relatives as two tensors a split, on the device, sliced by index.
 
-The digits are embedded in the package (``bpdiag/mnist``, xz, verified by sha256), so that a run needs no network.
-Nothing that fits in memory goes through a DataLoader: it would cost more than the training step it feeds.
+The digits are embedded in the package (``bpdiag/mnist``, xz, verified by sha256), so that a run needs no network; the
+relatives come through torchvision, which downloads them once.  Nothing that fits in memory goes through a DataLoader:
+it would cost more than the training step it feeds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import lzma
+import os
+import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from bpdiag.config import DataConfig, UsageError, choose
 
-VALIDATION = 5_000  # of the 60,000 training digits
+VALIDATION = 5_000  # of MNIST's 60,000 training digits; of a smaller set at most a tenth
 
 # file: (sha256 of the uncompressed content, shape)
 MNIST: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -35,13 +40,49 @@ MNIST: dict[str, tuple[str, tuple[int, ...]]] = {
     ),
     "t10k-labels-idx1-ubyte": ("ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", (10_000,)),
 }
-DATASETS = ("mnist",)
 WAY_OUT = "leave data.root out to use the embedded MNIST"
 
 
 @dataclass(frozen=True)
+class Relative:
+    """A data set that torchvision reads and can download."""
+
+    dataset: str  # its class in torchvision.datasets
+    files: str  # what its folder holds, for one who puts it there by hand
+    classes: tuple[str, ...]
+    upright: Callable[[np.ndarray], np.ndarray] = lambda images: images  # -> (N, H, W) or (N, C, H, W)
+    options: tuple[tuple[str, str], ...] = ()
+
+
+DIGITS = tuple("0123456789")
+IDX = "{{train,t10k}}-images-idx3-ubyte and {{train,t10k}}-labels-idx1-ubyte in {}/raw"
+RELATIVES = {
+    "fashion_mnist": Relative(
+        "FashionMNIST",
+        IDX.format("FashionMNIST"),
+        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+    ),
+    "kmnist": Relative("KMNIST", IDX.format("KMNIST"), ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "emnist-digits": Relative(
+        "EMNIST",
+        "emnist-digits-{train,test}-images-idx3-ubyte and emnist-digits-{train,test}-labels-idx1-ubyte in EMNIST/raw",
+        DIGITS,
+        lambda images: images.transpose(0, 2, 1),  # the files hold every picture mirrored at its diagonal
+        (("split", "digits"),),
+    ),
+    "cifar10": Relative(
+        "CIFAR10",
+        "the folder cifar-10-batches-py",
+        ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        lambda images: images.transpose(0, 3, 1, 2),
+    ),
+}
+DATASETS = ("mnist", *RELATIVES)
+
+
+@dataclass(frozen=True)
 class Split:
-    """Images x (N, 784), standardized, and their classes y (N,), int64, on one device."""
+    """Pictures x (N, C H W), standardized, and their classes y (N,), int64, on one device."""
 
     x: Tensor
     y: Tensor
@@ -59,28 +100,34 @@ class Dataset:
     test: Split
     mean: float  # of the training pixels in [0, 1]
     std: float
-    classes: int = 10
+    shape: tuple[int, int, int]  # of a picture: channels, height, width
+    names: tuple[str, ...]  # of the classes
+
+    @property
+    def classes(self) -> int:
+        """How many."""
+        return len(self.names)
 
 
 def load(config: DataConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Dataset:
     """The data set that ``config`` names: 55,000 / 5,000 / 10,000 digits for MNIST.
 
-    Which 5,000 are held out is fixed by ``config.split_seed`` alone.  Read, verified and standardized once a process
-    for equal arguments.
+    Which training pictures are held out is fixed by ``config.split_seed`` alone.  Read, verified and standardized once
+    a process for equal arguments.
 
     Raises:
         UsageError: The name is unknown, or ``config.root`` lacks a file or holds a damaged one.
     """
     choose("data.name", config.name, DATASETS)
-    return _load(config.root, config.split_seed, str(device), dtype)
+    return _load(config.name, config.root, config.split_seed, str(device), dtype)
 
 
 @functools.lru_cache(maxsize=2)
-def _load(root: str, split_seed: int, device: str, dtype: torch.dtype) -> Dataset:
-    arrays = _arrays(root)
-    order = np.random.default_rng(split_seed).permutation(len(arrays[0]))
-    held_out, kept = np.sort(order[:VALIDATION]), np.sort(order[VALIDATION:])
-    images, labels, test_images, test_labels = arrays
+def _load(name: str, root: str, split_seed: int, device: str, dtype: torch.dtype) -> Dataset:
+    images, labels, test_images, test_labels = _arrays(root) if name == "mnist" else _relative(name, root)
+    order = np.random.default_rng(split_seed).permutation(len(images))
+    size = min(VALIDATION, len(images) // 10)
+    held_out, kept = np.sort(order[:size]), np.sort(order[size:])
     # exact in float64 from a count of the 256 grey values
     count = np.bincount(images[kept].reshape(-1), minlength=256)
     grey = np.arange(256) / 255
@@ -97,7 +144,46 @@ def _load(root: str, split_seed: int, device: str, dtype: torch.dtype) -> Datase
         test=split(test_images, test_labels),
         mean=mean,
         std=std,
+        shape=(1, *images.shape[1:]) if images.ndim == 3 else images.shape[1:],
+        names=RELATIVES[name].classes if name in RELATIVES else DIGITS,
     )
+
+
+# ---- through torchvision ----------------------------------------------------------------------------------
+
+
+def downloads() -> Path:
+    """Where data sets are kept that were downloaded: one copy for all projects."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bpdiag"
+
+
+@functools.lru_cache(maxsize=2)
+def _relative(name: str, root: str) -> tuple[np.ndarray, ...]:
+    """Images and labels of training and test, uint8, read by torchvision; downloaded where they are missing."""
+    from torchvision import datasets
+
+    relative = RELATIVES[name]
+    folder = downloads() if root == "embedded" else Path(root).expanduser()
+    reader = functools.partial(getattr(datasets, relative.dataset), folder, **dict(relative.options))
+    try:
+        try:
+            parts = [reader(train=train) for train in (True, False)]
+        except RuntimeError:  # torchvision's word for not there
+            print(f"downloading {name} to {folder}", file=sys.stderr)  # noqa: T201
+            with contextlib.redirect_stdout(sys.stderr):
+                parts = [reader(train=train, download=True) for train in (True, False)]
+    except Exception as error:  # no network, a full disk, a damaged file: each reader has its own
+        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+        raise UsageError(
+            f"data.name={name}: not to be had from {folder} nor by download ({reason}); "
+            f"put {relative.files} there, or name the folder that has it with data.root"
+        ) from error
+    return tuple(
+        array for part in parts for array in (relative.upright(np.asarray(part.data)), np.asarray(part.targets))
+    )
+
+
+# ---- MNIST, ours ------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=2)

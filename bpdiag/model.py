@@ -40,15 +40,17 @@ class Linear(nn.Module):
 
 
 class Nonlinearity(nn.Module):
-    """a = phi(z) by a rule of ``rules.activation``."""
+    """a = phi(z) by a rule of ``rules.activation``; what it learns is a parameter, named as torch names it."""
 
     def __init__(self, rule: type[Activation]) -> None:
         super().__init__()
         self.rule = rule
+        for name, start in rule.learnable.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor([start])))
 
     def forward(self, z: Tensor) -> Tensor:
         """Elementwise on any shape."""
-        return self.rule.apply(z)
+        return self.rule.apply(z, *self.parameters())
 
     def extra_repr(self) -> str:
         """The rule's name."""

@@ -230,7 +230,7 @@ def batches(config: Config, samples: int, planned: float, where: torch.device) -
 def keep(net: nn.Module, config: Config, dataset: data.Dataset, path: Path) -> None:
     """The weights and what is needed to use them, in one file that ``torch.load`` opens with weights_only=True."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    facts = {"mean": dataset.mean, "std": dataset.std, "inputs": dataset.train.x.shape[1], "classes": dataset.classes}
+    facts = {"mean": dataset.mean, "std": dataset.std, "shape": dataset.shape, "names": dataset.names}
     torch.save({"config": dataclasses.asdict(config), "data": facts, "state_dict": net.state_dict()}, aside)
     aside.replace(path)
 
@@ -243,12 +243,15 @@ class Kept:
     config: Config
     mean: float  # of the training pixels in [0, 1]
     std: float
+    shape: tuple[int, int, int]  # of a picture: channels, height, width
+    names: tuple[str, ...]  # of the classes
 
     @torch.no_grad()
     def classify(self, picture: str | os.PathLike[str]) -> int:
-        """The class of a picture of one digit: any format and size that Pillow reads.
+        """The class of a picture of one digit: any format and size that Pillow reads.  ``names`` has its name.
 
-        It is made grey, 28 x 28, and white on black as the digits are: a picture with a light border is inverted.
+        It is brought to the size and colours of the training pictures.  Grey ones are white on black: a picture with a
+        light border is inverted.
 
         Raises:
             UsageError: It is no picture.
@@ -256,14 +259,17 @@ class Kept:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            grey = Image.open(picture).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+            channels, height, width = self.shape
+            read = Image.open(picture).convert("L" if channels == 1 else "RGB")
+            read = read.resize((width, height), Image.Resampling.LANCZOS)
         except (OSError, UnidentifiedImageError) as error:
             raise UsageError(f"{picture}: not a picture that can be read: {error}") from error
-        x = torch.tensor(list(grey.tobytes()), dtype=torch.float64).view(28, 28) / 255
+        x = torch.tensor(list(read.tobytes()), dtype=torch.float64).view(height, width, channels) / 255
         border = torch.cat([x[0], x[-1], x[:, 0], x[:, -1]])
-        x = 1 - x if border.mean() > 0.5 else x
+        x = 1 - x if channels == 1 and border.mean() > 0.5 else x
+        x = x.permute(2, 0, 1)
         weight = next(self.model.parameters())
-        return int(self.model(((x - self.mean) / self.std).view(1, -1).to(weight)).argmax())
+        return int(self.model(((x - self.mean) / self.std).reshape(1, -1).to(weight)).argmax())
 
 
 def load(run: str | os.PathLike[str]) -> Kept:
@@ -280,8 +286,8 @@ def load(run: str | os.PathLike[str]) -> Kept:
         given, facts = kept["config"], kept["data"]
         parts = {f.name: f.type for f in dataclasses.fields(Config)}
         config = Config(**{k: PARTS[parts[k]](**v) if isinstance(v, dict) else v for k, v in given.items()})
-        net = model.build(config.model, facts["inputs"], facts["classes"], config.seed)
+        net = model.build(config.model, math.prod(facts["shape"]), len(facts["names"]), config.seed)
         net.to(DTYPES[config.training.dtype]).load_state_dict(kept["state_dict"])
     except (RuntimeError, OSError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
         raise UsageError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from error
-    return Kept(net.eval(), config, facts["mean"], facts["std"])
+    return Kept(net.eval(), config, facts["mean"], facts["std"], facts["shape"], facts["names"])

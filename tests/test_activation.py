@@ -39,6 +39,20 @@ def test_a_subclass_with_a_vjp_of_its_own_is_differentiated_by_it():
     torch.testing.assert_close(gradient(Doubled.apply, z), 2 * gradient(torch.tanh, z))
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 2), (5, 3, 2, 4)])
+def test_a_prelu_may_learn_one_slope_a_channel(shape):
+    generator = torch.Generator().manual_seed(0)
+    z, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    p = torch.tensor([0.1, -0.5, 2.0], dtype=torch.float64)
+
+    def told(function):
+        inputs = [t.clone().requires_grad_() for t in (z, p)]
+        out = function(*inputs)
+        return out, *torch.autograd.grad(out, inputs, g)
+
+    torch.testing.assert_close(told(RULES["prelu"].apply), told(torch.nn.functional.prelu), rtol=1e-14, atol=1e-14)
+
+
 def test_softsigns_slope_at_the_infinities_is_its_limit():
     z = torch.tensor([torch.inf, -torch.inf])
     assert ACTIVATIONS["softsign"].slope(z).tolist() == [0, 0]

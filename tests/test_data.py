@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import lzma
+import pickle
 from collections import Counter
 from importlib.resources import files
 
@@ -176,7 +177,7 @@ def test_torchvision_reads_the_same_pixels_in_the_same_folder(found, torchvision
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(UsageError, match=r"^data\.name=minst: unknown; known: mnist; did you mean 'mnist'\?$"):
+    with pytest.raises(UsageError, match=r"^data\.name=minst: unknown; known: mnist, .*; did you mean 'mnist'\?$"):
         data.load(DataConfig(name="minst"))
 
 
@@ -299,3 +300,95 @@ def test_the_embedded_files_come_with_their_licence():
     licence = (files("bpdiag") / "mnist" / "LICENSE").read_text(encoding="utf-8")
     assert "CC BY-SA 3.0" in licence
     assert "LeCun" in licence
+
+
+# ---- through torchvision: small folders laid out as it lays them out ----
+
+SIZES = {"train": 60, "test": 20}
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+def pictures(part, shape, seed):
+    one = np.random.default_rng([seed, SIZES[part]])
+    return one.integers(256, size=(SIZES[part], *shape), dtype=np.uint8), np.arange(SIZES[part], dtype=np.uint8) % 10
+
+
+def lay_out(root, name, monkeypatch):
+    """A folder of ``name`` with made-up pictures; returns part -> (pictures upright (N, C, H, W), classes)."""
+    if name == "cifar10":
+        return lay_out_cifar(root, monkeypatch)
+    folder = {"fashion_mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist-digits": "EMNIST"}[name]
+    (root / folder / "raw").mkdir(parents=True)
+    told = {}
+    for part in SIZES:
+        x, y = pictures(part, (28, 28), seed=3)
+        told[part] = x[:, None], y
+        stem = f"emnist-digits-{part}" if folder == "EMNIST" else {"train": "train", "test": "t10k"}[part]
+        held = x.transpose(0, 2, 1).copy() if folder == "EMNIST" else x  # EMNIST's files hold them mirrored
+        (root / folder / "raw" / f"{stem}-images-idx3-ubyte").write_bytes(idx(held))
+        (root / folder / "raw" / f"{stem}-labels-idx1-ubyte").write_bytes(idx(y))
+    return told
+
+
+def lay_out_cifar(root, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+
+    def packed(file, content):
+        (folder / file).write_bytes(pickle.dumps(content))
+        return file, hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    told = {part: pictures(part, (3, 32, 32), seed=5) for part in SIZES}
+    for part, (x, y) in told.items():
+        files = [packed(f"{part}_batch", {"data": x.reshape(len(x), -1), "labels": y.tolist()})]
+        monkeypatch.setattr(CIFAR10, f"{part}_list", files)
+    file, digest = packed("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": file, "key": "label_names", "md5": digest})
+    return told
+
+
+@pytest.mark.parametrize("name", sorted(data.RELATIVES))
+def test_a_relative_is_read_from_torchvisions_folder(name, tmp_path, monkeypatch):
+    told = lay_out(tmp_path, name, monkeypatch)
+    read = data.load(DataConfig(name=name, root=str(tmp_path)))
+    assert read.shape == told["train"][0].shape[1:]
+    assert (len(read.train), len(read.validation), len(read.test)) == (54, 6, 20)
+    x, y = told["test"]
+    assert np.array_equal(pixels(read, read.test), x.reshape(len(x), -1))  # upright, channels first
+    assert read.test.y.tolist() == y.tolist()
+    assert (read.classes, len(set(read.names))) == (10, 10)
+    assert read.train.x.mean().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_a_download_is_kept_where_all_projects_find_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lay_out(tmp_path / "bpdiag", "kmnist", monkeypatch)
+    assert data.load(DataConfig(name="kmnist")).shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("name", sorted(data.RELATIVES))
+def test_offline_one_line_names_the_folder_and_what_belongs_there(name, tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in a test")
+
+    for module in ("mnist", "cifar"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", refuse)
+    message = refusal(tmp_path, name)
+    assert message.startswith(f"data.name={name}: not to be had from {tmp_path} nor by download (no network in a test)")
+    assert {"cifar10": "cifar-10-batches-py", "emnist-digits": "EMNIST/raw"}.get(name, "t10k") in message
+    assert "\n" not in message
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == f"downloading {name} to {tmp_path}\n"
+
+
+def test_a_damaged_relative_is_refused(tmp_path, monkeypatch):
+    lay_out(tmp_path, "kmnist", monkeypatch)
+    path = tmp_path / "KMNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:100])
+    assert f"data.name=kmnist: not to be had from {tmp_path}" in refusal(tmp_path, "kmnist")

@@ -221,8 +221,10 @@ def test_every_number_equals_autograds(make, shape):
         (torch.tanh, nn.Tanh()),
         (torch.sigmoid, nn.Sigmoid()),
         (F.leaky_relu, nn.LeakyReLU()),
+        (F.silu, nn.SiLU()),
+        (lambda z: F.prelu(z, z.new_full((1,), -0.25)), nn.PReLU(init=-0.25).requires_grad_(False).double()),
     ],
-    ids=["relu", "relu_in_place", "tanh", "sigmoid", "leaky_relu"],
+    ids=["relu", "relu_in_place", "tanh", "sigmoid", "leaky_relu", "silu", "prelu"],
 )
 def test_a_function_call_is_read_as_the_module(function, module):
     def net(phi):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.testing import assert_close
 
 from bpdiag.rules import ACTIVATIONS, RULES, Activation, Rule
-from bpdiag.rules.activation import LeakyRelu, Relu, Sigmoid, Tanh
+from bpdiag.rules.activation import LeakyRelu, Prelu, Relu, Sigmoid, Tanh
 from bpdiag.rules.linear import Linear
 from bpdiag.rules.loss import CrossEntropy
 
@@ -48,6 +48,10 @@ def activation_inputs(seed=0, shape=(4, 3)):
     return (z + 0.1 * z.sign(),)
 
 
+def prelu_inputs(seed=0, shape=(4, 3)):
+    return *activation_inputs(seed, shape), torch.full((1,), 0.2 + 0.1 * seed, dtype=torch.float64)
+
+
 def linear_inputs(seed=0, shape=(4, 3)):
     one = random(seed)
     return tuple(torch.randn(s, generator=one, dtype=torch.float64) for s in (shape, (2, shape[-1]), (2,)))
@@ -62,6 +66,12 @@ CASES = {
     **{name: Case(rule, rule.oracle(**rule.settings), activation_inputs) for name, rule in ACTIVATIONS.items()},
     # torch's own hardsigmoid takes 1/6 in float32: its other spelling is exact
     "hardsigmoid": Case(ACTIVATIONS["hardsigmoid"], lambda z: torch.nn.functional.relu6(z + 3) / 6, activation_inputs),
+    # torch's module holds its slope in float32; without one given it begins at 1/4
+    "prelu": Case(
+        ACTIVATIONS["prelu"],
+        lambda z, p=None: torch.nn.functional.prelu(z, z.new_full((1,), 0.25) if p is None else p),
+        prelu_inputs,
+    ),
     "linear": Case(Linear, linear, linear_inputs),
     "cross_entropy": Case(CrossEntropy, cross_entropy, loss_inputs),
 }
@@ -95,6 +105,16 @@ class SignLeakyRelu(LeakyRelu):
 
     def vjp(g_a, a):
         return torch.where(a > 0, g_a, -0.01 * g_a)
+
+
+class SignPrelu(Prelu):  # what it learns goes uphill
+    forward = Prelu.forward
+    vjp = Prelu.vjp
+
+    @classmethod
+    def pull_back(cls, g, kept, needs):
+        g_z, *g_p = Prelu.pull_back.__func__(cls, g, kept, needs)
+        return g_z, *(t if t is None else -t for t in g_p)
 
 
 class OpenRelu(Relu):  # the other side's slope at the kink
@@ -193,7 +213,7 @@ class NaiveCrossEntropy(CrossEntropy):  # overflows, broadcasts, and takes any c
 
 
 WRONG_ACTIVATIONS = [SignTanh, DroppedSigmoid, SignLeakyRelu]
-WRONG = [*WRONG_ACTIVATIONS, SignLinear, DroppedLinear, SignCrossEntropy, DroppedCrossEntropy]
+WRONG = [*WRONG_ACTIVATIONS, SignPrelu, SignLinear, DroppedLinear, SignCrossEntropy, DroppedCrossEntropy]
 
 
 # ---- the suite: check -> the rules it holds for, the twins it catches ----

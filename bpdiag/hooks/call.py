@@ -113,15 +113,15 @@ def rule_that_made(x: Tensor) -> type[Activation] | None:
     return next((r for r in ACTIVATIONS.values() if node is not None and r.node and r.made(node)), None)
 
 
-def kept_by(x: Tensor, rule: type[Activation]) -> Tensor | None:
-    """What a function call that gave ``x`` kept for its backward: x itself, or the input that autograd saved."""
+def kept_by(x: Tensor, rule: type[Activation]) -> tuple[Tensor, ...] | None:
+    """What the slope of a function call that gave ``x`` needs: x itself, or what autograd saved, and what it learns."""
     if rule.saves == "output":
-        return x
+        return (x,)
     node = x.grad_fn
     while node.name() != rule.node:
         node = node.next_functions[0][0]
     try:
-        return node._saved_self
+        return node._saved_self, *(getattr(node, f"_saved_{name}") for name in rule.learnable)
     except RuntimeError:  # overwritten in place since, or never saved
         return None
 

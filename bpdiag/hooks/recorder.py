@@ -174,7 +174,7 @@ class Recorder:
         x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
         if call.rule:
             kept = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
-            self._measure_slope(call, call.rule, kept)
+            self._measure_slope(call, call.rule, kept, *(getattr(module, name) for name in call.rule.learnable))
         if call.fan_in is not None:
             call.values["z_cosine"] = statistics.mean_cosine(out)
         if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
@@ -216,7 +216,7 @@ class Recorder:
             self._measure(owner, "a", x)
             kept = kept_by(x, rule)
             if kept is not None:
-                self._measure_slope(owner, rule, kept)
+                self._measure_slope(owner, rule, *kept)
         if owner is None and call.fan_in is None:
             return
 
@@ -227,8 +227,8 @@ class Recorder:
 
         x.register_hook(arrived)
 
-    def _measure_slope(self, call: Call, rule: type[Activation], kept: Tensor) -> None:
-        slope = rule.slope(kept.detach())
+    def _measure_slope(self, call: Call, rule: type[Activation], *kept: Tensor) -> None:
+        slope = rule.slope(*(t.detach() for t in kept))
         call.values["slope_rms"] = statistics.rms(slope)
         call.values["a_saturated_fraction"] = statistics.saturated_fraction(slope, rule.largest_slope)
         if call.backward == 0 and slope.dim() >= -call.axis:

@@ -42,6 +42,7 @@ class Activation(Rule):
     kinks: ClassVar[dict[float, float]] = {}  # z where the slope jumps -> the slope used there
     oracle: ClassVar[type[nn.Module]]
     node: ClassVar[str]
+    learnable: ClassVar[dict[str, float]] = {}  # further inputs, which are trained -> where they begin
     settings: ClassVar[dict[str, Any]] = {}  # the oracle's arguments that make it this function
     node_settings: ClassVar[dict[str, Any]]  # what its node saved of them; the settings unless said
 
@@ -69,14 +70,14 @@ class Activation(Rule):
         return (cls.vjp(g, *kept),)
 
     @classmethod
-    def slope(cls, kept: Tensor) -> Tensor:
+    def slope(cls, kept: Tensor, *learned: Tensor) -> Tensor:
         """phi'(z), elementwise: the vjp of ones.
 
         Example:
             >>> Tanh.slope(torch.tensor([0.0, 0.5]))
             tensor([1.0000, 0.7500])
         """
-        return cls.vjp(torch.ones_like(kept), kept)
+        return cls.vjp(torch.ones_like(kept), kept, *learned)
 
 
 class Identity(Activation):
@@ -158,6 +159,52 @@ class LeakyRelu(Activation):
 
     def vjp(g_a, a):
         return torch.where(a > 0, g_a, 0.01 * g_a)  # a and z have the same sign
+
+
+class Prelu(Activation):
+    """a = z for z > 0, else p z,  da/dz = 1 for z > 0, else p,  g_p = sum of g_a z where z <= 0.
+
+    p (1,), or (C,) with one for each channel of z (B, C, ...), is learned and begins at 1/4 (He et al. 2015, section
+    2.1).  Kink at 0, slope there p.  Keeps z: where p < 0 the output does not tell its sign.
+    """
+
+    name = "prelu"
+    saves = "input"
+    r = RELU_KIND
+    kinks: ClassVar = {0.0: 0.25}
+    learnable: ClassVar = {"weight": 0.25}
+    oracle = nn.PReLU
+    node = "PreluKernelBackward0"
+
+    def forward(z, p=0.25):
+        return nn.functional.prelu(z, p if isinstance(p, Tensor) else z.new_full((1,), p))
+
+    def vjp(g_a, z, p=0.25):
+        return torch.where(z > 0, g_a, _by_channel(p, z) * g_a)
+
+    @classmethod
+    def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        """z, and p where it was given."""
+        return inputs
+
+    @classmethod
+    def pull_back(
+        cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """(g_z,), and g_p where p was given."""
+        z, *p = kept
+        g_z = cls.vjp(g, z, *p) if needs[0] else None
+        return g_z, *(_to_channels(g * torch.clamp_max(z, 0), one) if needs[1] else None for one in p)
+
+
+def _by_channel(p: Any, z: Tensor) -> Any:
+    """One number for each channel of z (B, C, ...), ready to be multiplied with it."""
+    return p.view(-1, *[1] * (z.dim() - 2)) if isinstance(p, Tensor) and p.dim() == 1 and p.numel() > 1 else p
+
+
+def _to_channels(g: Tensor, p: Tensor) -> Tensor:
+    """The sum of g (B, C, ...) over everything but what p has a number for."""
+    return g.sum().view_as(p) if p.numel() == 1 else g.sum([d for d in range(g.dim()) if d != 1]).view_as(p)
 
 
 class Elu(Activation):
@@ -414,7 +461,7 @@ class LogSigmoid(Activation):
 
 
 _TABLE = (
-    Identity, Sigmoid, Tanh, Relu, LeakyRelu, Elu, Selu, Gelu, GeluTanh, Silu, Softplus, Mish, Hardtanh, Relu6,
+    Identity, Sigmoid, Tanh, Relu, LeakyRelu, Prelu, Elu, Selu, Gelu, GeluTanh, Silu, Softplus, Mish, Hardtanh, Relu6,
     Hardswish, Hardsigmoid, Softsign, LogSigmoid,
 )  # fmt: skip
 ACTIVATIONS: dict[str, type[Activation]] = {rule.name: rule for rule in _TABLE}
