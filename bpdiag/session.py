@@ -40,6 +40,7 @@ def watch(
     every: int = 1,
     planned_steps: int | None = None,
     log: str | os.PathLike[str] | None = None,
+    histograms: bool = False,
 ) -> Watch:
     """Measure every layer of ``model`` on steps 0, N, 2N, ... of the block.
 
@@ -52,6 +53,8 @@ def watch(
         every: N; on the other steps no module has a hook.
         planned_steps: the length of the training, by which harm is judged; 1,000 where it is not given.
         log: a folder for the trace, TensorBoard's event file and, on leaving, findings.json and summary.json.
+        histograms: also of every layer's output, weights and their gradients, for TensorBoard; of the finite numbers,
+            the others are counted.
 
     Raises:
         UsageError: ``every`` or ``planned_steps`` is below 1, or an optimizer is none.
@@ -77,7 +80,7 @@ def watch(
         whole = hasattr(type(value), "__index__") and not isinstance(value, bool)  # numpy's integers too
         if value is not None and not (whole and value >= 1):
             raise UsageError(f"{name}={value!r}: must be a whole number, 1 or more")
-    return Watch(model, optimizers, every, planned_steps, log)
+    return Watch(model, optimizers, every, planned_steps, log, histograms)
 
 
 class Watch:
@@ -90,8 +93,9 @@ class Watch:
         every: int,
         planned_steps: int | None,
         log: str | os.PathLike[str] | None,
+        histograms: bool = False,
     ) -> None:
-        self._log = log
+        self._log, self._histograms = log, histograms and log is not None
         self._open = lambda: self._begin(model, optimizers, every, planned_steps)
         self._recorder: hooks.Recorder | None = None
         self._closed, self._final = False, None
@@ -119,7 +123,8 @@ class Watch:
         }
         self._writer = TraceWriter(self._log, meta)
         self._board = TensorBoardWriter(self._log) if self._log is not None else None
-        self._recorder = hooks.Recorder(model, optimizers, [s for s in (self._writer, self._board) if s], every)
+        sinks = [s for s in (self._writer, self._board) if s]
+        self._recorder = hooks.Recorder(model, optimizers, sinks, every, self._histograms)
         self._recorder.start()
 
     def __enter__(self) -> Watch:
@@ -173,6 +178,11 @@ class Watch:
         self._results |= {tag: value for tag, value in values.items() if tag.endswith("/test")}
         if self._board is not None:
             self._board.add_scalars(values, step)
+
+    def image(self, tag: str, png: bytes) -> None:
+        """A picture of your own for the dashboard, a PNG."""
+        if self._board is not None:
+            self._board.add_image(tag, png, self.steps)
 
     def note(self, **facts: Any) -> None:
         """Facts for the trace's meta.json: what built the model, say."""

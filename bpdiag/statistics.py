@@ -148,6 +148,29 @@ def alive_units(slope: Tensor, unit_dim: int) -> Tensor:
     return (slope != 0).any(dim=others) if others else slope != 0
 
 
+def histogram(x: Tensor, bins: int = 30) -> Tensor:
+    """How many elements lie in each of ``bins`` equal bins from the least to the largest finite one.
+
+    Returns:
+        (3 + bins,) float64: least, largest, how many are not finite, the counts.  Both ends 0 if none is finite.
+
+    Example:
+        >>> histogram(torch.tensor([0.0, 1.0, 4.0, torch.nan]), bins=2).tolist()
+        [0.0, 4.0, 1.0, 2.0, 1.0]
+    """
+    x = dense(x).flatten().to(wide(x.device))
+    finite = torch.isfinite(x)
+    zero = x.new_zeros(1)
+    low = torch.where(finite, x, torch.inf).amin() if x.numel() else zero[0]
+    high = torch.where(finite, x, -torch.inf).amax() if x.numel() else zero[0]
+    low, high = (torch.where(torch.isfinite(end), end, 0.0) for end in (low, high))
+    half = high / 2 - low / 2  # in halves: high - low may overflow
+    place = torch.where(half > 0, (x / 2 - low / 2) / half * bins, 0.0).clamp(0, bins - 1)
+    place = torch.where(finite, place, bins).long()
+    counts = torch.zeros(bins + 1, dtype=x.dtype, device=x.device).index_add_(0, place, torch.ones_like(x))
+    return torch.cat([torch.stack([low, high, counts[-1]]), counts[:-1]])
+
+
 @statistic(of="preactivation", degree=0)
 def mean_cosine(z: Tensor) -> Tensor:
     """c = mean over pairs of samples of cos(z_i, z_j), uncentred.

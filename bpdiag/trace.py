@@ -125,6 +125,8 @@ class Sample:
     losses: list[tuple[int, float]]  # of all steps since the last sample
     learning_rate: float | None = None
     missing: list[tuple[int, str, str]] = field(default_factory=list)  # (index into layers, column, reason)
+    # (index into layers, tensor, [low, high, not finite, counts ...]), where asked for; for a dashboard, not kept
+    histograms: list[tuple[int, str, list[float]]] = field(default_factory=list)
 
 
 class Sink(Protocol):

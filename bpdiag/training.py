@@ -28,9 +28,10 @@ from bpdiag.config import (
     check_ranges,
     choose,
 )
+from bpdiag.dashboard import pictures
 from bpdiag.diagnosis import Finding, diagnose
 from bpdiag.rules import RULES
-from bpdiag.session import watch
+from bpdiag.session import Watch, watch
 from bpdiag.trace import Trace, write_json
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -59,7 +60,7 @@ class Result:
     model: nn.Module
     trace: Trace
     findings: list[Finding]
-    metrics: dict[str, Any]  # test_accuracy, validation_accuracy, train_loss, steps, seconds, stopped
+    metrics: dict[str, Any]  # test_accuracy, class_accuracy, validation_accuracy, train_loss, steps, seconds, stopped
 
 
 def check(config: Config) -> None:
@@ -126,12 +127,33 @@ def threads(count: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, split: data.Split, chunk: int = 5_000) -> float:
+def logits(net: nn.Module, split: data.Split, chunk: int = 5_000) -> Tensor:
+    """(N, K), a chunk at a time."""
+    return torch.cat([net(split.x[i : i + chunk]) for i in range(0, len(split), chunk)])
+
+
+def accuracy(net: nn.Module, split: data.Split) -> float:
     """Share of ``split`` whose largest logit is at its class; a nan logit is largest, as torch has it."""
-    right = sum(
-        (net(split.x[i : i + chunk]).argmax(1) == split.y[i : i + chunk]).sum() for i in range(0, len(split), chunk)
-    )
-    return float(right) / len(split)
+    return float((logits(net, split).argmax(1) == split.y).sum()) / len(split)
+
+
+def confusion(told: Tensor, right: Tensor, classes: int) -> Tensor:
+    """(K, K) counts: row what it is, column what it was taken for.
+
+    Example:
+        >>> confusion(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2)
+        tensor([[1, 1],
+                [0, 1]])
+    """
+    return torch.bincount(right * classes + told, minlength=classes**2).view(classes, classes)
+
+
+def _show(watching: Watch, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
+    """Test pictures with their predictions, and the confusion matrix, in TensorBoard."""
+    images = dataset.test.x.mul(dataset.std).add_(dataset.mean).view(-1, *dataset.shape)
+    shown = (t.cpu().numpy() for t in (images, out.softmax(1), dataset.test.y))
+    watching.image("test/samples", pictures.samples(*shown, dataset.names))
+    watching.image("test/confusion", pictures.confusion(counts.cpu().numpy(), dataset.names))
 
 
 def train(
@@ -177,7 +199,14 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
     metrics: dict[str, Any] = {"stopped": None}
     interrupt: KeyboardInterrupt | None = None
 
-    with watch(net, optimizer, every=config.watch.every, planned_steps=max(planned, 1), log=folder) as watching:
+    with watch(
+        net,
+        optimizer,
+        every=config.watch.every,
+        planned_steps=max(planned, 1),
+        log=folder,
+        histograms=config.watch.histograms,
+    ) as watching:
         watching.note(config=dataclasses.asdict(config), data_mean=dataset.mean, data_std=dataset.std)
         try:
             for rows in batches(config, len(dataset.train), planned, where):
@@ -197,9 +226,16 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         except KeyboardInterrupt as caught:
             interrupt, metrics["stopped"] = caught, "interrupted"
         metrics["steps"] = watching.steps
-        metrics["test_accuracy"] = accuracy(net, dataset.test)
+        out = logits(net, dataset.test)
+        counts = confusion(out.argmax(1), dataset.test.y, dataset.classes)
+        metrics["test_accuracy"] = counts.trace().item() / len(dataset.test)
+        metrics["class_accuracy"] = dict(
+            zip(dataset.names, (counts.diag().double() / counts.sum(1)).tolist(), strict=True)
+        )
         metrics["validation_accuracy"] = accuracy(net, dataset.validation)
         watching.scalars({"accuracy/test": metrics["test_accuracy"]}, watching.steps)
+        if folder is not None and config.watch.pictures:
+            _show(watching, out, dataset, counts)
 
     trace = watching.trace
     told = trace.losses[1][-100:]

@@ -22,19 +22,19 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "statistics": (set(), {"torch"}),
     # subjects
     "model": ({"rules"}, {"torch"}),
-    "data": (set(), {"numpy", "torch"}),
+    "data": (set(), {"numpy", "torch", "torchvision"}),
     # measuring
     "hooks": ({"rules", "statistics"}, {"torch"}),
     # judging
     "diagnosis": (set(), {"numpy"}),
     "difference": (set(), {"numpy"}),
     # showing
-    "dashboard": (set(), {"tensorboard"}),
+    "dashboard": (set(), {"tensorboard", "numpy", "matplotlib"}),
     "results": ({"diagnosis"}, {"pyarrow"}),
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
     "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),
-    "training": ({"session", "model", "data", "rules", "diagnosis"}, {"torch", "PIL"}),
+    "training": ({"session", "model", "data", "rules", "diagnosis", "dashboard"}, {"torch", "PIL"}),
     "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
     "__main__": (
         {"training", "launcher", "results", "terminal", "difference", "diagnosis", "__init__"},

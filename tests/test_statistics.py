@@ -12,6 +12,7 @@ from bpdiag.statistics import (
     Statistic,
     alive_units,
     dense,
+    histogram,
     mean_cosine,
     norm,
     rms,
@@ -305,3 +306,29 @@ def test_vmap_update_ratio(rng):
     update, weight = torch.randn(2, 4, 8, 5, generator=rng)
     together = torch.vmap(update_ratio)(update, weight)
     torch.testing.assert_close(together, torch.stack([update_ratio(u, w) for u, w in zip(update, weight, strict=True)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_histogram_is_numpys(dtype):
+    x = (torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    low, high, strangers, *counts = histogram(x, bins=17).tolist()
+    theirs, edges = np.histogram(x.double().numpy(), bins=17)
+    assert (low, high, strangers) == (edges[0], edges[-1], 0)
+    assert sum(counts) == 2000
+    assert np.abs(np.array(counts) - theirs).sum() <= 2  # one on an edge may fall to either side
+
+
+@pytest.mark.parametrize(
+    ("elements", "told"),
+    [
+        ([1.0, math.nan, math.inf, 3.0], [1, 3, 2, 1, 1]),
+        ([math.nan, math.inf], [0, 0, 2, 0, 0]),
+        ([2.0, 2.0], [2, 2, 0, 2, 0]),
+        ([], [0, 0, 0, 0, 0]),
+        ([-1.7e308, 1.7e308], [-1.7e308, 1.7e308, 0, 1, 1]),
+        ([5e-324, 0.0], [0, 5e-324, 0, 2, 0]),  # ends so near that their half is 0: one bin
+    ],
+    ids=["some not finite", "none finite", "all equal", "empty", "the ends of float64", "denormal"],
+)
+def test_a_histogram_survives(elements, told):
+    assert histogram(torch.tensor(elements, dtype=torch.float64), bins=2).tolist() == told

@@ -1,6 +1,7 @@
 """What a run leaves on disk: TensorBoard's event file, read back with TensorBoard; the trace, the findings."""
 
 import copy
+import io
 import json
 import math
 import pickle
@@ -9,6 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -277,3 +279,58 @@ def test_every_statistic_has_one_chart_with_all_layers(tmp_path):
     written = {t for e in events(tmp_path) for t in tags(e) if t.count("/") == 2}
     assert len(patterns) == len(TAGS)
     assert all(sum(bool(re.match(p, tag)) for p in patterns) == 1 for tag in written)
+
+
+def test_histograms_are_shown_where_asked_for_and_survive_nan(tmp_path):
+    def told(folder, **asked):
+        model = build(ModelConfig(depth=3, width=5, activation="tanh"), 4, 2, seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(model, optimizer, log=folder, **asked) as watching:
+            train(model, optimizer, watching, 1)
+            with torch.no_grad():
+                model[0].weight[0, 0] = math.nan
+            train(model, optimizer, watching, 1)
+        return accumulate(folder)
+
+    assert not [tag for tag in told(tmp_path / "plain").Tags()["tensors"] if tag.startswith("histogram")]
+    board = told(tmp_path / "asked", histograms=True)
+    shown = {tag: board.Tensors(tag) for tag in board.Tags()["tensors"] if tag.startswith("histogram/")}
+    layers = {"01_linear", "02_linear", "03_linear"}
+    assert {tag for tag in shown if tag.startswith("histogram/z/")} == {f"histogram/z/{name}" for name in layers}
+    for tensor in ("a", "g_a", "g_z", "W", "g_W"):
+        assert f"histogram/{tensor}/02_{'tanh' if 'a' in tensor else 'linear'}" in shown
+    (first, *_) = shown["histogram/z/01_linear"]
+    bins = np.array(first.tensor_proto.double_val).reshape(-1, 3)
+    assert bins[:, 2].sum() == 6 * 5
+    assert np.isfinite(bins).all()
+    strangers = {tag: board.Scalars(tag)[0] for tag in board.Tags()["scalars"] if tag.startswith("nonfinite/")}
+    assert strangers["nonfinite/z/01_linear"].step == 1
+    assert strangers["nonfinite/z/01_linear"].value == 6  # one unit of each of the six samples
+    # the finite ones are still shown
+    assert [event.step for event in shown["histogram/z/01_linear"]] == [0, 1]
+
+
+def test_histograms_change_nothing(tmp_path):
+    def losses(**asked):
+        model = build(ModelConfig(depth=3, width=5, activation="prelu"), 4, 2, seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(model, optimizer, log=tmp_path / str(asked), **asked) as watching:
+            train(model, optimizer, watching, 5)
+        return watching.trace.losses[1].tolist()
+
+    assert losses(histograms=True) == losses()
+
+
+def test_a_trained_classifier_shows_its_digits_and_its_errors(tmp_path):
+    config = Config(model=ModelConfig(depth=2), training=TrainingConfig(steps=30))
+    train_config(config, tmp_path / "run")
+    board = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
+    board.Reload()
+    assert board.Tags()["images"] == ["test/samples", "test/confusion"]
+    for tag in board.Tags()["images"]:
+        (shown,) = board.Images(tag)
+        assert shown.step == 30
+        assert Image.open(io.BytesIO(shown.encoded_image_string)).size == (shown.width, shown.height)
+    config.watch.pictures = False
+    train_config(config, tmp_path / "plain")
+    assert accumulate(tmp_path / "plain").Tags()["images"] == []

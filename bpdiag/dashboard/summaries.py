@@ -1,7 +1,8 @@
-"""The summaries that TensorBoard's own plugins read, made without TensorFlow: text, hparams, custom scalars."""
+"""The summaries that TensorBoard's own plugins read, made without TensorFlow: text, images, histograms, hparams."""
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_STRING
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalar
+from tensorboard.plugins.histogram import metadata as histograms
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.plugins.text import metadata as text_plugin
@@ -23,6 +25,24 @@ def text(tag: str, markdown: str) -> Summary:
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode()], tensor_shape=shape)
     return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
+
+
+def image(tag: str, png: bytes) -> Summary:
+    """A PNG for the images tab."""
+    width, height = struct.unpack(">II", png[16:24])  # where the format has them
+    picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=picture)])
+
+
+def histogram(tag: str, low: float, high: float, counts: Sequence[float]) -> Summary.Value:
+    """Equal bins from ``low`` to ``high`` for the histograms tab; equal numbers make one bin, one wide."""
+    if low == high:
+        low, high, counts = low - 0.5, high + 0.5, [sum(counts)]
+    width = (high - low) / len(counts)
+    told = [x for i, count in enumerate(counts) for x in (low + i * width, low + (i + 1) * width, count)]
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(counts)), TensorShapeProto.Dim(size=3)])
+    tensor = TensorProto(dtype=DT_DOUBLE, double_val=told, tensor_shape=shape)
+    return Summary.Value(tag=tag, metadata=histograms.create_summary_metadata(None, None), tensor=tensor)
 
 
 def settings(config: Mapping[str, Any], results: Sequence[str]) -> list[Summary]:

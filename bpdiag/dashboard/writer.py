@@ -7,6 +7,9 @@ Tags are ``group/statistic/NN_kind``, NN counting the weight layers from the inp
     signal/z_rms/03_linear               what enters phi       signal/saturated/03_tanh, signal/dead/03_tanh
     update/update_ratio/03_linear        rms(dW) / rms(W)
 
+Where histograms are asked for: ``histogram/z/03_linear``, also of g_z, a, g_a, W and g_W, of the finite numbers; how
+many were not is the scalar ``nonfinite/z/03_linear``, written where there are any.
+
 The custom scalars tab shows all layers of a statistic in one chart, the hparams tab a run of ours by its settings.
 One event carries all of a step's numbers: 13 bytes each instead of 42.
 """
@@ -57,7 +60,17 @@ class TensorBoardWriter:
         for backward, index, row in sample.rows:
             if backward == 0 and index in labels:
                 values |= {f"{tag}/{labels[index]}": row[column] for column, tag in TAGS.items() if column in row}
+        bins = []
+        for index, tensor, told in sample.histograms:
+            if index in labels:
+                tag, low, high, strangers, *counts = f"{tensor}/{labels[index]}", *told
+                if strangers:
+                    values[f"nonfinite/{tag}"] = strangers
+                if any(counts):
+                    bins.append(summaries.histogram(f"histogram/{tag}", low, high, counts))
         self.add_scalars(values, sample.step)
+        if bins:
+            self._add(Summary(value=bins), sample.step)
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
         """Numbers by tag, in one event."""
@@ -67,6 +80,10 @@ class TensorBoardWriter:
     def add_text(self, tag: str, markdown: str, step: int) -> None:
         """Markdown for the text tab."""
         self._add(summaries.text(tag, markdown), step)
+
+    def add_image(self, tag: str, png: bytes, step: int) -> None:
+        """A picture for the images tab."""
+        self._add(summaries.image(tag, png), step)
 
     def add_settings(self, config: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
         """What was asked of the run and what it came to, for the hparams tab: no run of its own."""

@@ -34,6 +34,7 @@ class Call:
     parents: tuple[Call, ...]
     rule: type[Activation] | None = None  # whose slope this row carries
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
+    histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
     events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
 

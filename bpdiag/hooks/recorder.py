@@ -51,8 +51,10 @@ class Recorder:
         optimizers: Sequence[torch.optim.Optimizer],
         sinks: Sequence[Sink],
         every: int = 1,
+        histograms: bool = False,
     ) -> None:
         self.model, self.optimizers, self.sinks, self.every = model, list(optimizers), list(sinks), every
+        self.histograms = histograms
         self.step = 0
         self.last_loss = math.nan
         self.layers: list[Layer] = []
@@ -190,6 +192,8 @@ class Recorder:
             call.events[i] = call.events.get(i, 0) + 1
             call.values[f"_g_{call.tensor}_{i}"] = statistics.norm(g)
             call.sizes[f"g_{call.tensor}"] = call.sizes.get(f"g_{call.tensor}", 0) + g.numel()
+            if i == 0:
+                self._draw(call, f"g_{call.tensor}", g)
 
         handle = out.register_hook(arrived)
         if out.grad_fn is not None:
@@ -200,6 +204,11 @@ class Recorder:
     def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
         call.values[f"{tensor}_norm"] = statistics.norm(x)
         call.sizes[tensor] = x.numel()
+        self._draw(call, tensor, x)
+
+    def _draw(self, call: Call, tensor: str, x: Tensor) -> None:
+        if self.histograms and call.backward == 0:
+            call.histograms[tensor] = statistics.histogram(x)
 
     def _measure_input(self, call: Call, x: Tensor) -> None:
         """The data, if no watched layer feeds this one; an activation, if it was a function call and no module."""
@@ -221,8 +230,9 @@ class Recorder:
             return
 
         def arrived(g: Tensor) -> None:
-            self._measure(call, "_entering", g)
+            call.values["_entering_norm"] = statistics.norm(g)
             if owner is not None:
+                self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
 
         x.register_hook(arrived)
@@ -297,6 +307,11 @@ class Recorder:
             if p in self._gradients:
                 numbers["g_W_norm"] = self._gradients[p]
         for call in self._calls:
+            if call.weight is not None:
+                before, g_W = self._copies.get(call.weight), call.weight.grad
+                for tensor, x in (("W", before), ("g_W", g_W if call.weight in self._gradients else None)):
+                    if x is not None:
+                        self._draw(call, tensor, x)
             if call.weight is None:
                 if call.fan_in is not None:
                     gaps += [
@@ -333,7 +348,8 @@ class Recorder:
             told = {column: float(value) for column, value in call.values.items() if column in COLUMNS}
             rows.append((call.backward, self._index[call.key], told))
         missing = [(self._index[call.key], column, reason) for call, column, reason in gaps]
-        self._send(Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing))
+        bins = [(self._index[c.key], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]
+        self._send(Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins))
 
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
