@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bpdiag
 from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest
@@ -260,7 +260,7 @@ def _config(composed: Any) -> Config:
     from omegaconf import OmegaConf
 
     own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), own))
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), own)))  # its schema says so
 
 
 def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None:
@@ -282,19 +282,20 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
         parsed = parser.parse_overrides(overrides)
         for override in parsed:
             _check_key(override, config_dir)
-        fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
+        fixed = [word for word, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
         if config_dir is not None:
             fixed.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
         base = compose("config", fixed, return_hydra_config=True)
-        swept = [o.input_line for o in parsed if o.is_sweep_override()]
-        if not multirun and base.hydra.mode is not RunMode.MULTIRUN:
-            if swept:
-                raise UsageError(f"{swept[0]}: several values make several runs; add -m")
-            _check_folder(Path(base.hydra.run.dir))
+        swept = [word for word, o in zip(overrides, parsed, strict=True) if o.is_sweep_override()]
+        several = multirun or base.hydra.mode is RunMode.MULTIRUN
+        if swept and not several:
+            raise UsageError(f"{swept[0]}: several values make several runs; add -m")
+        _check_folder(Path(base.hydra.sweep.dir if several else base.hydra.run.dir))
+        if not several:
             if (Path(base.hydra.run.dir) / "trace").exists():  # Hydra would write its own files over the old ones
                 raise UsageError(f"{base.hydra.run.dir}: already holds a run; choose another hydra.run.dir")
             jobs = [fixed]
-        elif _check_folder(Path(base.hydra.sweep.dir)) or base.hydra.sweeper._target_.endswith("BasicSweeper"):
+        elif base.hydra.sweeper._target_.endswith("BasicSweeper"):
             params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
             grid = parser.parse_overrides([*params, *overrides])
             extra = fixed[len(parsed) - len(swept) :]

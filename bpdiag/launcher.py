@@ -92,7 +92,7 @@ def launch(
                 hydra_context=context,
             )
             returns.append(done)
-            folder, error = Path(done.hydra_cfg.hydra.runtime.output_dir), ""
+            folder, error = Path(job.hydra.runtime.output_dir), ""
             if done.status is not JobStatus.COMPLETED:
                 error = f"{type(done._return_value).__name__}: {done._return_value}"
                 (folder / "error.log").write_text("".join(traceback.format_exception(done._return_value)))
@@ -103,9 +103,8 @@ def launch(
                 grid.job(rows[-1], time.perf_counter() - start)
     finally:
         if grid:
-            expected = (
-                [Expectation(**told) for told in OmegaConf.to_container(config.expect)] if "expect" in config else []
-            )
+            asked: Any = OmegaConf.to_container(config.expect) if "expect" in config else []
+            expected = [Expectation(**one) for one in asked]
             grid.end(time.perf_counter() - begun, results.check(expected, rows))
         elif TELLS.get() == "json":
             print(json.dumps(plain([row.flat() for row in rows]), indent=1))  # noqa: T201

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -96,9 +96,10 @@ class Watch:
         histograms: bool = False,
     ) -> None:
         self._log, self._histograms = log, histograms and log is not None
-        self._open = lambda: self._begin(model, optimizers, every, planned_steps)
+        self._open: Callable[[], None] = lambda: self._begin(model, optimizers, every, planned_steps)
         self._recorder: hooks.Recorder | None = None
-        self._closed, self._final = False, None
+        self._closed = False
+        self._final: Trace | None = None
         self._results: dict[str, float] = {}
 
     def _begin(
@@ -140,7 +141,7 @@ class Watch:
         try:
             self._running().stop()
             self._writer.close()
-            if self._board is not None:
+            if self._board is not None and self._log is not None:
                 findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
                 diagnosis.write(self.trace, findings, self._log)
                 self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
@@ -203,11 +204,13 @@ class Watch:
     def trace(self) -> Trace:
         """All that was measured so far: inside the block a snapshot."""
         self._running()
-        if self._closed and self._final is None:
+        if not self._closed:
+            return self._writer.snapshot()
+        if self._final is None:
             self._final = self._writer.snapshot()
-        return self._final if self._closed else self._writer.snapshot()
+        return self._final
 
-    def _running(self) -> Any:
+    def _running(self) -> hooks.Recorder:
         if self._recorder is None:
             raise UsageError("not begun: use it as `with bpdiag.watch(model, optimizer) as watch:`")
         return self._recorder

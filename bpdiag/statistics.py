@@ -125,9 +125,12 @@ def saturated_fraction(slope: Tensor, largest_slope: float | None = None) -> Ten
         0.5
     """
     size = dense(slope).abs()
-    if largest_slope is None:
-        largest_slope = size.amax() if size.numel() else 1.0
-    return mean(size < 0.05 * largest_slope)
+    largest: Tensor | float = 1.0
+    if largest_slope is not None:
+        largest = largest_slope
+    elif size.numel():
+        largest = size.amax()
+    return mean(size < 0.05 * largest)
 
 
 def alive_units(slope: Tensor, unit_dim: int) -> Tensor:

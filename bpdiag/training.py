@@ -195,7 +195,9 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
     criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
     optimizer = OPTIMIZERS[config.optimizer.name](net.parameters(), config)
     per_epoch = math.ceil(len(dataset.train) / config.data.batch_size)
-    planned = min(config.training.epochs * per_epoch, config.training.steps or math.inf)
+    planned = config.training.epochs * per_epoch
+    if config.training.steps:
+        planned = min(planned, config.training.steps)
     metrics: dict[str, Any] = {"stopped": None}
     interrupt: KeyboardInterrupt | None = None
 
@@ -220,7 +222,7 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
                         metrics["stopped"] = f"the loss was not finite at step {step - 1}"
                         break
                     if progress:
-                        progress(step, int(planned), watching.last_loss)
+                        progress(step, planned, watching.last_loss)
                 if step % per_epoch == 0:
                     watching.scalars({"accuracy/validation": accuracy(net, dataset.validation)}, step)
         except KeyboardInterrupt as caught:
@@ -320,8 +322,9 @@ def load(run: str | os.PathLike[str]) -> Kept:
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         given, facts = kept["config"], kept["data"]
-        parts = {f.name: f.type for f in dataclasses.fields(Config)}
-        config = Config(**{k: PARTS[parts[k]](**v) if isinstance(v, dict) else v for k, v in given.items()})
+        parts = {f.name: str(f.type) for f in dataclasses.fields(Config)}
+        settings: dict[str, Any] = {k: PARTS[parts[k]](**v) if isinstance(v, dict) else v for k, v in given.items()}
+        config = Config(**settings)
         net = model.build(config.model, math.prod(facts["shape"]), len(facts["names"]), config.seed)
         net.to(DTYPES[config.training.dtype]).load_state_dict(kept["state_dict"])
     except (RuntimeError, OSError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:

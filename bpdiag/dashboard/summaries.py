@@ -53,6 +53,7 @@ def settings(config: Mapping[str, Any], results: Sequence[str]) -> list[Summary]
         results: scalar tags that the table shows as columns.
     """
     infos, values = [], {}
+    told: dict[str, Any]
     for key, value in config.items():
         if isinstance(value, bool):
             kind, told = api_pb2.DATA_TYPE_BOOL, {"bool_value": value}

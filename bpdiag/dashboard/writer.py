@@ -101,7 +101,8 @@ class TensorBoardWriter:
 
 def _labels(layers: Sequence[Layer]) -> dict[int, str]:
     """Index -> NN_kind; an activation has the number of the weight layer below it."""
-    number, labels = 0, {}
+    number = 0
+    labels: dict[int, str] = {}
     digits = max(2, len(str(sum(layer.is_weight_layer for layer in layers))))
     for index, layer in enumerate(layers):
         number += layer.is_weight_layer

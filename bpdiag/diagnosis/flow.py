@@ -35,7 +35,7 @@ def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, 
     evidence = {f"decades_{k}": v for k, v in owners.items()}
     evidence |= {f"share_{k}": v / total if total else math.nan for k, v in taken.items()}
     slips = [np.abs(typical[k][np.isfinite(typical[k])]) for k in ("weights", "slopes")]
-    cause = max(taken, key=taken.get) if total else "depth"
+    cause = max(taken, key=lambda k: taken[k]) if total else "depth"
     if cause == "other":  # what lies between: a normalization where there is one, else some function's slope
         normalized = any("norm" in layer.kind for layer in p.trace.layers)
         cause = "normalization" if normalized else "slopes"
@@ -46,7 +46,7 @@ def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, 
 
 def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Finding]:
     """Vanishing or exploding: the same ledger, read in two directions."""
-    told = verdict(p, harmed.any(1))
+    told = verdict(p, np.any(harmed, axis=1))
     if told is None:
         return
     severity, quote, onset, confidence = told

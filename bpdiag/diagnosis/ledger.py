@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,7 @@ class Profile:
         """What weight layer number ``at`` (from 0) is called in a sentence."""
         return self.trace.layers[self.lines[at]].title
 
-    def names(self, where: Sequence[int]) -> tuple[str, ...]:
+    def names(self, where: Iterable[int]) -> tuple[str, ...]:
         """``name#call`` of weight layers by their number from 0."""
         return tuple(self.trace.layers[self.lines[i]].key for i in where)
 

@@ -23,7 +23,8 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     good = [s for s in (*steps[np.isfinite(losses)], *p.steps[p.finite]) if s < first]
     last_good = int(max(good)) if good else -1
     evidence: dict[str, float] = {"last_finite_step": float(last_good), "first_nonfinite_step": float(first)}
-    layers, cause, where = (), "not sampled", "in the loss, in a step that was not sampled"
+    layers: tuple[str, ...] = ()
+    cause, where = "not sampled", "in the loss, in a step that was not sampled"
     if first in p.steps:
         cause, where = "loss", "in the loss, every layer being finite"
     if len(bad_samples):

@@ -118,7 +118,7 @@ def kept_by(x: Tensor, rule: type[Activation]) -> tuple[Tensor, ...] | None:
     """What the slope of a function call that gave ``x`` needs: x itself, or what autograd saved, and what it learns."""
     if rule.saves == "output":
         return (x,)
-    node = x.grad_fn
+    node: Any = x.grad_fn  # what a node saved is known by its name alone
     while node.name() != rule.node:
         node = node.next_functions[0][0]
     try:
@@ -146,5 +146,5 @@ def fan_in(module: nn.Module) -> int | None:
     if weight is None or is_lazy(weight) or weight.dim() < 2:
         return None
     if getattr(module, "transposed", False):  # weight (C_in, C_out/groups, kernel)
-        return weight.numel() // (weight.shape[1] * module.groups)
+        return weight.numel() // (weight.shape[1] * getattr(module, "groups", 1))
     return weight.numel() // max(weight.shape[0], 1)

@@ -84,7 +84,7 @@ def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:
     if here is None:
         gaps += [(call, column, "its own gradient is missing") for column in FLOW]
         return
-    if above is None:
+    if child is None or above is None:
         gaps += [(call, c, why or "no gradient came back to the next weight layer") for c in FLOW[1:]]
         return
     call.values["backward_gain"] = ratio(here, above)

@@ -20,7 +20,7 @@ def describe(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
         return {}
     optimizer = optimizers[0]
     group = max(optimizer.param_groups, key=lambda g: sum(p.numel() for p in g["params"] if p.requires_grad))
-    told = {k: float(group[k]) for k in ("lr", "momentum", "eps", "weight_decay") if k in group}
+    told: dict[str, float] = {k: float(group[k]) for k in ("lr", "momentum", "eps", "weight_decay") if k in group}
     begun = bool(optimizer.state)
     return {
         "name": type(optimizer).__name__,

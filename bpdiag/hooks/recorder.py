@@ -123,7 +123,7 @@ class Recorder:
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
         if not self.optimizers:
-            self._copies = {p: p.detach().clone() for p in self._weights()}
+            self._weights_before(self._weights())
 
     def _disarm(self) -> None:
         for handle in self._handles:
@@ -176,7 +176,8 @@ class Recorder:
         x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
         if call.rule:
             kept = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
-            self._measure_slope(call, call.rule, kept, *(getattr(module, name) for name in call.rule.learnable))
+            if kept is not None:
+                self._measure_slope(call, call.rule, kept, *(getattr(module, name) for name in call.rule.learnable))
         if call.fan_in is not None:
             call.values["z_cosine"] = statistics.mean_cosine(out)
         if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
@@ -217,15 +218,15 @@ class Recorder:
             return
         if not x.requires_grad or (x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._made_by):
             return  # what arrives here is the cotangent of a watched output, seen there
-        owner, rule = call.parents[0], rule_that_made(x)
-        if rule is None or len(call.parents) > 1 or owner.tensor != "z" or "a_norm" in owner.values:
-            owner = None
-        else:
-            owner.rule, owner.r = rule, rule.r
-            self._measure(owner, "a", x)
+        below, rule = call.parents[0], rule_that_made(x)
+        owner: Call | None = None
+        if rule is not None and len(call.parents) == 1 and below.tensor == "z" and "a_norm" not in below.values:
+            owner = below
+            below.rule, below.r = rule, rule.r
+            self._measure(below, "a", x)
             kept = kept_by(x, rule)
             if kept is not None:
-                self._measure_slope(owner, rule, *kept)
+                self._measure_slope(below, rule, *kept)
         if owner is None and call.fan_in is None:
             return
 
@@ -366,10 +367,11 @@ class Recorder:
 
     def _read(self, tables: list[dict[str, Any]]) -> list[tuple[int, float]]:
         """Replace every tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
-        told = {i: statistics.mean(x) if isinstance(x, Tensor) else x for i, (_, x) in enumerate(self._losses)}
-        places = [
-            (table, key) for table in (*tables, told) for key, value in table.items() if isinstance(value, Tensor)
-        ]
+        told: dict[int, Any] = {
+            i: statistics.mean(x) if isinstance(x, Tensor) else x for i, (_, x) in enumerate(self._losses)
+        }
+        whole: list[dict[Any, Any]] = [*tables, told]
+        places = [(table, key) for table in whole for key, value in table.items() if isinstance(value, Tensor)]
         by_device: dict[torch.device, list[tuple[Any, Any]]] = {}
         for table, key in places:
             by_device.setdefault(table[key].device, []).append((table, key))

@@ -188,13 +188,11 @@ class Prelu(Activation):
         return inputs
 
     @classmethod
-    def pull_back(
-        cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]
-    ) -> tuple[Tensor | None, ...]:
+    def pull_back(cls, g: Tensor, kept: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """(g_z,), and g_p where p was given."""
         z, *p = kept
-        g_z = cls.vjp(g, z, *p) if needs[0] else None
-        return g_z, *(_to_channels(g * torch.clamp_max(z, 0), one) if needs[1] else None for one in p)
+        g_z = super().pull_back(g, kept, needs) if needs[0] else (None,)
+        return *g_z, *(_to_channels(g * torch.clamp_max(z, 0), one) if needs[1] else None for one in p)
 
 
 def _by_channel(p: Any, z: Tensor) -> Any:

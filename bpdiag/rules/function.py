@@ -76,7 +76,7 @@ def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
             return tuple([t if t is None else _cast(t, d) for t, d in zip(grads, ctx.dtypes, strict=True)])
 
     # torch binds the arguments of every call to this signature: worked out each time it would cost as much as the rule
-    Template.forward.__signature__ = inspect.signature(Template.forward)
+    Template.forward.__signature__ = inspect.signature(Template.forward)  # type: ignore[attr-defined]  # inspect reads it
     return type(rule.__name__, (Template,), {})  # named when made: the node in the graph is <name>Backward
 
 
