@@ -11,6 +11,8 @@ test: .venv
 
 check: .venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The stamp is written last: an interrupted install is begun anew.
 .venv: .venv/installed
