@@ -151,8 +151,8 @@ def confusion(told: Tensor, right: Tensor, classes: int) -> Tensor:
 def _show(watching: Watch, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
     """Test pictures with their predictions, and the confusion matrix, in TensorBoard."""
     images = dataset.test.x.mul(dataset.std).add_(dataset.mean).view(-1, *dataset.shape)
-    shown = (t.cpu().numpy() for t in (images, out.softmax(1), dataset.test.y))
-    watching.image("test/samples", pictures.samples(*shown, dataset.names))
+    shown, sure, right = (t.cpu().numpy() for t in (images, out.softmax(1), dataset.test.y))
+    watching.image("test/samples", pictures.samples(shown, sure, right, dataset.names))
     watching.image("test/confusion", pictures.confusion(counts.cpu().numpy(), dataset.names))
 
 
