@@ -54,6 +54,7 @@ class OptimizerConfig:
     lr: float = option(0.01, "learning rate")
     momentum: float = option(0.9, "of sgd")
     weight_decay: float = option(0.0, "added to the gradient, times the weight")
+    eps: float = option(1e-8, "of adam: a gradient far below it moves nothing")
 
 
 @dataclass
@@ -82,8 +83,9 @@ class Expectation:
 
     what: str = ""  # a column of results.csv
     where: str = ""  # KEY=VALUE of the jobs it is about, spaces between; empty: all
+    over: str = ""  # mean or spread (standard deviation) over those jobs; empty: every one of them
     equals: str = ""  # a number, or a word
-    within: float = 0.0  # of a number: the relative distance allowed, for every one of the jobs
+    within: float = 0.0  # of a number: the relative distance allowed
     source: str = ""  # of the number
 
 
@@ -110,6 +112,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.lr": (0, 1e6),
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, 1e6),
+    "optimizer.eps": (0, 1e6),
     "training.epochs": (1, 1_000_000),
     "training.steps": (0, 10**12),
     "training.threads": (1, 1024),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,13 @@ class Checked:
     """An expectation beside what was measured."""
 
     expectation: Expectation
-    values: list[Any]  # of the jobs it is about
+    values: list[Any]  # of the jobs it is about, or the one over them all
     holds: bool | None  # None: no job was of that kind
 
     def __str__(self) -> str:
         e = self.expectation
-        asked = f"{e.what} {e.equals}" + (f" ± {percent(e.within)}" if e.within else "")
+        of = f"{e.over} of " if e.over else ""
+        asked = f"{of}{e.what} {e.equals}" + (f" ± {percent(e.within)}" if e.within else "")
         keys = [pair.partition("=") for pair in e.where.split()]
         short = " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in keys)
         about = f" where {short}" if short else ""
@@ -116,6 +118,13 @@ class Checked:
         return ", ".join(sorted({str(v) or "none" for v in self.values}))
 
 
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
+OVER: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "spread": _spread}
+
+
 def check(expectations: Sequence[Expectation], rows: Sequence[Row]) -> list[Checked]:
     """Each expectation against the finished jobs it is about; it holds if it holds for every one of them."""
     told = []
@@ -123,6 +132,8 @@ def check(expectations: Sequence[Expectation], rows: Sequence[Row]) -> list[Chec
         pairs = dict(pair.split("=", 1) for pair in expectation.where.split())
         flats = [row.flat() for row in rows if row.outcome is not None]
         values = [f.get(expectation.what) for f in flats if all(str(f.get(k)) == v for k, v in pairs.items())]
+        if values and expectation.over:
+            values = [OVER[expectation.over]([float(value) for value in values if value is not None])]
         holds = all(_meets(value, expectation) for value in values) if values else None
         told.append(Checked(expectation, values, holds))
     return told

@@ -242,8 +242,7 @@ class Grid:
         wide = self.out.width >= 100
         lines: list[list[str | Text]] = []
         for cell, outcomes in cells.items():
-            words = "; ".join({(o.kind, o.cause): o.told for o in outcomes}.values())  # shares differ a little by seed
-            verdict = outcomes[0].verdict
+            verdict, words = _verdict(outcomes)
             lines.append(
                 [
                     *cell,
@@ -260,13 +259,29 @@ class Grid:
         numbers = ("accuracy", "gain at start", "decades at end") if wide else ("accuracy", "gain", "D_1")
         headings = [*map(_short, keys), *(["seeds"] if seeds > 1 else []), *numbers, "verdict"]
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for i, heading in enumerate(headings):  # cells are kept whole; a heading may be cut
+        for i, heading in enumerate(headings):  # cells are kept whole but the verdict's; on a narrow screen a heading
             left = heading == "verdict" or (i < len(keys) and not heading.endswith(("depth", "width")))
-            least = max(len(str(line[i])) for line in lines) if wide or heading != "verdict" else None
-            table.add_column(heading, justify="left" if left else "right", no_wrap=True, min_width=least)
+            last = heading == "verdict"
+            least = max(len(str(line[i])) for line in lines) if not last else None
+            least = max(least, len(heading)) if least and wide else least
+            table.add_column(
+                heading, justify="left" if left else "right", no_wrap=not last or not wide, min_width=least
+            )
         for line in lines:
             table.add_row(*(escape(told) if isinstance(told, str) else told for told in line))
         return table
+
+
+def _verdict(outcomes: Sequence[Outcome]) -> tuple[str, str]:
+    """The most frequent verdict and what is told of it; of several kinds all, with how many jobs had each."""
+    kinds: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault((outcome.kind, outcome.cause), []).append(outcome)
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    first = ordered[0][0]  # shares differ a little by seed
+    if len(ordered) == 1:
+        return first.verdict, first.told
+    return first.verdict, ", ".join(f"{len(alike)} of {len(outcomes)} {alike[0].told}" for alike in ordered)
 
 
 def _short(key: str) -> str:

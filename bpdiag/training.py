@@ -44,7 +44,8 @@ def _sgd(parameters: Any, config: Config) -> torch.optim.Optimizer:
 
 
 def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, config.optimizer.lr, weight_decay=config.optimizer.weight_decay, fused=True)
+    o = config.optimizer
+    return torch.optim.Adam(parameters, o.lr, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
 OPTIMIZERS = {"sgd": _sgd, "adam": _adam}

@@ -86,11 +86,11 @@ def test_an_expectation_is_held_against_the_jobs_it_is_about():
         Row({}, "c", None, "failed"),
     ]
     asked = [
-        Expectation("gain_per_layer", "model.depth=5", "1", 0.05, "He et al. 2015"),
-        Expectation("gain_per_layer", "", "1", 0.05),
-        Expectation("cause", "model.depth=9", "slopes"),
-        Expectation("cause", "model.depth=9", "weights"),
-        Expectation("cause", "model.depth=77", "weights"),
+        Expectation("gain_per_layer", "model.depth=5", "", "1", 0.05, "He et al. 2015"),
+        Expectation("gain_per_layer", "", "", "1", 0.05),
+        Expectation("cause", "model.depth=9", "", "slopes"),
+        Expectation("cause", "model.depth=9", "", "weights"),
+        Expectation("cause", "model.depth=77", "", "weights"),
     ]
     told = check(asked, rows)
     assert [one.holds for one in told] == [True, False, True, False, None]
@@ -101,4 +101,17 @@ def test_an_expectation_is_held_against_the_jobs_it_is_about():
 
 def test_what_is_not_finite_meets_no_expectation():
     rows = [Row({}, "a", outcome(gain_per_layer=math.nan))]
-    assert check([Expectation("gain_per_layer", "", "1", 9.0)], rows)[0].holds is False
+    assert check([Expectation("gain_per_layer", "", "", "1", 9.0)], rows)[0].holds is False
+
+
+def test_an_expectation_may_be_about_the_jobs_together():
+    rows = [Row({}, str(i), outcome(decades_first_layer=value)) for i, value in enumerate([-1.0, 0.0, 1.0, 2.0])]
+    asked = [
+        Expectation("decades_first_layer", "", "spread", "1.29", 0.01),  # sqrt(5/3)
+        Expectation("decades_first_layer", "", "mean", "0.5", 0.01),
+        Expectation("decades_first_layer", "", "spread", "0.5", 0.01),
+    ]
+    told = check(asked, rows)
+    assert [one.holds for one in told] == [True, True, False]
+    assert str(told[0]) == "spread of decades_first_layer 1.29 ± 1 %: measured 1.29"
+    assert check(asked[:1], rows[:1])[0].holds is False  # one job has no spread
