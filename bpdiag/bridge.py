@@ -22,7 +22,7 @@ from typing import Any
 
 from bpdiag.config import UsageError, nearest
 from bpdiag.lesson import WIDTH, bars, short, table
-from bpdiag.trace import Trace
+from bpdiag.trace import Layer, Trace
 
 SAME = 1e-6  # relative: the norm of one tensor, told in two ways
 DIGITS = 4  # shown
@@ -78,13 +78,12 @@ def weight_gradient(trace: Trace, name: str | None, step: int | None = None) -> 
     measured = _number(trace, "g_W_norm", row, at)
     if terms[-1].value != 0:
         terms += _closing(trace, row, at, measured)
-    layer = trace.layers[row]
     return Product(
-        layer=layer.title,
+        layer=trace.layers[row].title,
         step=int(trace.sampled_steps[at]),
         terms=tuple(terms),
         measured=measured,
-        samples=math.prod(layer.shape) // layer.units if layer.units else 0,
+        samples=_samples(trace, row, at),
         notes=_notes(trace, row, at, terms[-1]),
     )
 
@@ -159,9 +158,9 @@ def _entering(trace: Trace, row: int, at: int) -> float | None:
     layer = trace.layers[row]
     if not layer.parents:
         rms, there = (column[at, row] for column in trace.column("x_rms"))
-        if not there or layer.kind != "linear" or not layer.shape:
+        if not there or layer.kind != "linear":
             return None
-        return float(rms) * math.sqrt(math.prod(layer.shape[:-1]) * (layer.fan_in or 0))
+        return float(rms) * math.sqrt(_samples(trace, row, at) * (layer.fan_in or 0))
     if len(layer.parents) > 1:
         return None
     parent = layer.parents[0]
@@ -176,6 +175,14 @@ def _entering(trace: Trace, row: int, at: int) -> float | None:
     return given
 
 
+def _samples(trace: Trace, row: int, at: int) -> int:
+    """Outputs of the step over units; the layer table's shape is the first batch's, and a last one may be shorter."""
+    layer, norm, rms = trace.layers[row], _first(trace, ("z_norm",), row, at), _first(trace, ("z_rms",), row, at)
+    known = norm is not None and rms and math.isfinite(norm) and math.isfinite(rms)
+    outputs = round((norm / rms) ** 2) if known else math.prod(layer.shape)
+    return outputs // layer.units if layer.units else 0
+
+
 def _first(trace: Trace, columns: tuple[str, ...], row: int, at: int) -> float | None:
     """The first of the columns that was measured there."""
     for column in columns:
@@ -187,7 +194,7 @@ def _first(trace: Trace, columns: tuple[str, ...], row: int, at: int) -> float |
 
 def _row(trace: Trace, name: str | None) -> int:
     """The index of a weight layer by its name."""
-    rows = {layer.key.removesuffix("#0"): i for i, layer in enumerate(trace.layers)}
+    rows = {_key(layer): i for i, layer in enumerate(trace.layers)}
     weights = [key for key, i in rows.items() if trace.layers[i].is_weight_layer]
     if name is None:
         raise UsageError(f"--layer NAME is missing; known: {', '.join(weights)}")
@@ -220,15 +227,30 @@ def _sample(trace: Trace, row: int, step: int | None) -> int:
 
 def _way(trace: Trace, row: int) -> list[int]:
     """The weight layers from ``row`` up to the last."""
-    way, seen = [row], trace.layers
-    while (above := seen[way[-1]].next) is not None:
-        way.append(above)
-    top = way[-1]
-    if _read_by_weights(trace, top):
-        why = _reason(trace, "backward_gain", top) or "the way up forks"
-        at = seen[top].title
-        raise UsageError(f"--layer {seen[row].key.removesuffix('#0')}: no product, for {at} has no gain: {why}")
+    way = _climb(trace, row)
+    if _read_by_weights(trace, way[-1]):
+        top, whole = trace.layers[way[-1]], []
+        for i in trace.weight_layers():
+            if not _read_by_weights(trace, _climb(trace, i)[-1]):
+                whole.append(_key(trace.layers[i]))
+        why = _reason(trace, "backward_gain", way[-1]) or "the way up forks"
+        raise UsageError(
+            f"--layer {_key(trace.layers[row])}: no single product; {top.title}: {why}; known: {', '.join(whole)}"
+        )
     return way
+
+
+def _climb(trace: Trace, row: int) -> list[int]:
+    """As far up as gains are told."""
+    way = [row]
+    while (above := trace.layers[way[-1]].next) is not None:
+        way.append(above)
+    return way
+
+
+def _key(layer: Layer) -> str:
+    """What ``--layer`` calls it."""
+    return layer.key.removesuffix("#0")
 
 
 def _read_by_weights(trace: Trace, row: int) -> bool:

@@ -211,7 +211,8 @@ class Chain:
             slope, passed = f"da{layer}/dz{layer}", f"da{layer}/da{layer - 1}"
             if f[slope] == 0 or (f[passed] == 0 and layer > 1):
                 cut, deaf = (slope, layer) if f[slope] == 0 else (passed, layer - 1)
-                told.append(f"Cut: {cut} is exactly 0; w{deaf} and all below hears nothing of the cost.")
+                below = " or any weight below it" if deaf > 1 else ""
+                told.append(f"Cut: {cut} is exactly 0: nothing of the cost reaches w{deaf}{below}.")
                 break
         lost = next((a for a, d in decades.items() if swept[f"dC/d{a}"] == 0 and d > -math.inf), None)
         if lost:

@@ -136,7 +136,7 @@ READERS = {
 
 WIDTH = 100  # columns
 MANY, MANY_STEPS, ENDS = 6, 12, 2  # layers, factors (steps) that are all shown; of more so many at either end
-BAR, BARS = 40, 20  # cells of the widest bar; bars at the most
+BAR, BARS = 40, 20  # cells of the widest bar; bars of a deep chain, about
 NUDGE = 0.001  # of a weight, to see its derivative come true
 Row = tuple[str, ...]
 
@@ -314,11 +314,13 @@ def _products(chain: Chain) -> list[str]:
 
 
 def _folded(row: Row) -> list[Row]:
-    """A row too wide for the page on two lines, the numbers below the names."""
+    """A row too wide for the page on two lines, the numbers below the names; on three where it must be."""
     if len(row) == 1:
         return [row]
     name, symbols, numbers, value = row
-    return [(f"{name} {symbols}",), (f"{' ' * len(name)} {numbers} {value}",)]
+    below = " " * len(name)
+    lines = [(f"{name} {symbols}",), (f"{below} {numbers} {value}",)]
+    return lines if len(lines[1][0]) <= WIDTH - 2 else [lines[0], (f"{below} {numbers}",), (f"{below} {value}",)]
 
 
 def _tried(chain: Chain, slope: float) -> list[str]:

@@ -161,6 +161,8 @@ def test_tables_are_filled_only_in_the_file_that_owns_them():
     "statement",
     [
         "import bpdiag",
+        "import bpdiag.chain",
+        "import bpdiag.bridge",
         "import bpdiag.trace",
         "import bpdiag.diagnosis",
         "import bpdiag.launcher",
