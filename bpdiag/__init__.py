@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # name: the module that owns it
 _PUBLIC = {
+    "Chain": "chain",
     "Config": "config",
     "Finding": "diagnosis",
     "RULES": "rules",
@@ -22,7 +23,7 @@ _PUBLIC = {
     "train": "training",
     "watch": "session",
 }
-__all__ = ["Config", "Finding", "RULES", "Result", "Trace", "diagnose", "load", "train", "watch"]  # noqa: RUF022
+__all__ = ["Chain", "Config", "Finding", "RULES", "Result", "Trace", "diagnose", "load", "train", "watch"]  # noqa: RUF022
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,8 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
+  bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
+  bpdiag chain --run RUN --layer NAME [--step N]    the same product, measured in a trained net
 
   bpdiag model.activation=sigmoid model.depth=10
   bpdiag -m model.activation=tanh,relu model.depth=5,20 seed=0,1,2
@@ -55,10 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows no bars gets question marks, not a traceback
     try:
-        return _guarded(arguments)
+        code = _guarded(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, as in | head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _guarded(arguments: list[str]) -> int:
@@ -73,17 +80,22 @@ def _guarded(arguments: list[str]) -> int:
         print(f"bpdiag {bpdiag.__version__}")
         return 0
 
-    from bpdiag.trace import TraceError
-
     try:
-        if arguments and arguments[0][0] not in "-~+" and "=" not in arguments[0]:
+        if arguments and not arguments[0].startswith(("-", "~", "+")) and "=" not in arguments[0]:
             if arguments[0] in COMMANDS:
                 return COMMANDS[arguments[0]](arguments[1:])
             raise UsageError(f"{arguments[0]}: unknown command; {nearest(arguments[0], COMMANDS)}")
         return _train(arguments)
-    except (UsageError, TraceError) as error:
+    except _refusals() as error:
         print(f"bpdiag: {error}", file=sys.stderr)
         return 2
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What bad input raises; asked for only when something was: a trace's numpy and pyarrow load slowly."""
+    from bpdiag.trace import TraceError
+
+    return UsageError, TraceError
 
 
 # ---- sub-commands -----------------------------------------------------------------------------------------
@@ -159,7 +171,41 @@ def _diff(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"diagnose": _diagnose, "diff": _diff}
+def _chain(arguments: list[str]) -> int:
+    """``bpdiag chain``: the chain rule on scalars; with ``--run`` the same product in a trained net."""
+    from bpdiag import lesson
+
+    parser = argparse.ArgumentParser(
+        prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see above; what is not given is the lesson's")
+    parser.add_argument("--run", help="a run folder: measured factors in the place of scalars")
+    parser.add_argument("--layer", metavar="NAME", help="of that run: the layer whose dC/dW is told")
+    parser.add_argument("--step", type=int, metavar="N", help="of that run: a sampled step; else the last")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    told = parser.parse_intermixed_args(arguments)
+    if told.run is None and (told.layer is not None or told.step is not None):
+        raise UsageError("--layer and --step are of a run: bpdiag chain --run RUN --layer NAME [--step N]")
+    if told.run is not None and told.words:
+        raise UsageError(f"{told.words[0]}: a run has its own numbers; give --run or KEY=VALUE, not both")
+    if told.run is None:
+        asked = lesson.parse(told.words)
+        text, data = lesson.render(asked), lesson.to_data(asked)
+    else:
+        from bpdiag import bridge
+        from bpdiag.trace import Trace
+
+        product = bridge.weight_gradient(Trace.load(told.run), told.layer, told.step)
+        text, data = bridge.render(product), bridge.to_data(product)
+    if told.json:
+        from bpdiag.trace import plain
+
+        text = json.dumps(plain(data), indent=1, ensure_ascii=False)
+    print(text)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"diagnose": _diagnose, "diff": _diff, "chain": _chain}
 
 
 # ---- training through Hydra -------------------------------------------------------------------------------

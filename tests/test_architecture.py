@@ -18,6 +18,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), set()),
     "trace": (set(), {"numpy", "pyarrow"}),
     # maths
+    "chain": (set(), set()),
     "rules": (set(), {"torch"}),
     "statistics": (set(), {"torch"}),
     # subjects
@@ -30,6 +31,8 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "difference": (set(), {"numpy"}),
     # showing
     "dashboard": (set(), {"tensorboard", "numpy", "matplotlib"}),
+    "lesson": ({"chain"}, set()),
+    "bridge": ({"lesson"}, set()),
     "results": ({"diagnosis"}, {"pyarrow"}),
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
@@ -37,19 +40,29 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "training": ({"session", "model", "data", "rules", "diagnosis", "dashboard"}, {"torch", "PIL"}),
     "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
     "__main__": (
-        {"training", "launcher", "results", "terminal", "difference", "diagnosis", "__init__"},
+        {
+            "training",
+            "launcher",
+            "results",
+            "terminal",
+            "difference",
+            "diagnosis",
+            "lesson",
+            "bridge",
+            "__init__",
+        },
         {"hydra", "omegaconf"},
     ),
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }
 STOREYS = [
     ["config", "trace", "__init__"],
-    ["rules", "statistics"],
+    ["chain", "rules", "statistics"],
     ["model", "data"],
     ["hooks"],
     ["diagnosis", "difference"],
-    ["dashboard", "results"],
-    ["terminal"],
+    ["dashboard", "results", "lesson"],
+    ["terminal", "bridge"],
     ["session"],
     ["training"],
     ["launcher"],
@@ -148,6 +161,8 @@ def test_tables_are_filled_only_in_the_file_that_owns_them():
     "statement",
     [
         "import bpdiag",
+        "import bpdiag.chain",
+        "import bpdiag.bridge",
         "import bpdiag.trace",
         "import bpdiag.diagnosis",
         "import bpdiag.launcher",

@@ -37,9 +37,16 @@ def test_the_commands_run_in_their_order(capsys):
     ours = [c[1:] for c in commands() if c[0] == "bpdiag"]
     assert len(ours) >= 5
     for arguments in ours:
-        quick = [] if arguments[0] in ("diagnose", "--help") else ["training.steps=2", "model.width=8"]
+        quick = [] if arguments[0] in ("chain", "diagnose", "--help") else ["training.steps=2", "model.width=8"]
         assert main([*arguments, *quick]) == 0, arguments
     assert "Keys and their defaults" in capsys.readouterr().out
+
+
+def test_the_lesson_prints_what_the_page_shows(capsys):
+    assert main(["chain"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (shown,) = [block for block in re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S) if "dC/dw1" in block]
+    assert [line for line in shown.splitlines() if line not in printed] == ["..."]
 
 
 def test_the_make_targets_exist():
