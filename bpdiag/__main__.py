@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import bpdiag
-from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest
+from bpdiag.config import Config, UsageError, choose, flat, is_folder, meanings, nearest
 
 HELP = """bpdiag: see where your gradient dies, and why.
 
@@ -136,7 +136,7 @@ def _diagnose(arguments: list[str]) -> int:
 
 def _runs(folder: Path) -> list[Path]:
     """The run folder given, or the run folders in it, in natural order."""
-    if folder.is_dir() and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
+    if is_folder(folder) and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
         try:
             inside = {path.parent.parent for path in folder.glob("**/trace/meta.json")}
         except OSError:  # a folder that vanishes or may not be read while we look
@@ -325,7 +325,7 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
             if "=" not in word and not word.startswith("~"):
                 raise UsageError(f"{word}: not KEY=VALUE")
         parser = OverridesParser.create()
-        parsed = parser.parse_overrides(overrides)
+        parsed = [_parsed(parser, word) for word in overrides]
         for override in parsed:
             _check_key(override, config_dir)
         fixed = [word for word, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
@@ -361,12 +361,29 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
                 raise UsageError(f"{error}{where}") from error
 
 
+def _parsed(parser: Any, word: str) -> Any:
+    """One override, by Hydra's grammar."""
+    from hydra.errors import HydraException
+
+    try:
+        return parser.parse_override(word)
+    except HydraException as error:
+        key = word.partition("=")[0]
+        raise UsageError(
+            f"'{word}': Hydra cannot read it; put the value in quotes of its own: \"{key}='...'\""
+        ) from error
+
+
 def _check_folder(folder: Path) -> None:
     """A folder that can be made or written into, before a long run finds out that it cannot."""
     there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    try:
+        while not there.exists():
+            there = there.parent
+        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except (OSError, ValueError):  # a name of 300 characters, one with a null
+        usable = False
+    if not usable:
         raise UsageError(f"{folder}: cannot be written; choose another place with hydra.run.dir or hydra.sweep.dir")
 
 

@@ -11,11 +11,25 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 
 class UsageError(ValueError):
     """Something the caller gave cannot be used; the message says what came, what is known, what to do."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder; a name of 300 characters, or with a null, is none.
+
+    Example:
+        >>> is_folder(Path("a" * 300))
+        False
+    """
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def option(default: Any, meaning: str) -> Any:

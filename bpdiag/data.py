@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bpdiag.config import DataConfig, UsageError, choose
+from bpdiag.config import DataConfig, UsageError, choose, is_folder
 
 VALIDATION = 5_000  # of MNIST's 60,000 training digits; of a smaller set at most a tenth
 
@@ -201,7 +201,7 @@ def _content(root: str, name: str) -> tuple[bytes, Path]:
         except (OSError, lzma.LZMAError) as error:
             raise UsageError(f"cannot read the embedded {path}: {error}; install bpdiag anew") from error
     folder = Path(root).expanduser()
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UsageError(f"data.root={root}: no such folder; give a torchvision data folder, or {WAY_OUT}")
     places = [folder / "MNIST" / "raw", folder / "raw", folder]
     for path in (place / f"{name}{ending}" for place in places for ending in ("", ".gz")):

@@ -28,6 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bpdiag.config import is_folder
+
 T = TypeVar("T")
 SCHEMA = 1
 KEYS = ("step", "backward", "layer", "call")
@@ -181,8 +183,9 @@ class Trace:
             TraceError: There is no trace, or a file of it cannot be read.
         """
         run = Path(folder)
-        if not run.is_dir():
-            raise TraceError(f"{run}: {'a file, not a run folder' if run.exists() else 'no such folder'}")
+        if not is_folder(run):
+            there = is_folder(run.parent) and run in run.parent.iterdir()
+            raise TraceError(f"{run}: {'a file, not a run folder' if there else 'no such folder'}")
         here = run / "trace" if (run / "trace").is_dir() else run
         if not (here / "meta.json").is_file():
             raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")

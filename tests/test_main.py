@@ -14,7 +14,9 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from bpdiag.__main__ import conf, main
+from bpdiag.config import Config, ModelConfig, TrainingConfig
 from bpdiag.trace import Trace
+from bpdiag.training import train
 
 QUICK = ["model.depth=3", "model.width=8", "training.steps=4", "watch.every=2"]
 
@@ -128,6 +130,8 @@ def test_an_interrupted_run_exits_130_and_is_kept(capsys, monkeypatch):
     assert "Traceback" not in capsys.readouterr().err
 
 
+LONG = "a" * 300
+
 BAD = [
     (["model.activation=thanh"], "did you mean 'tanh'"),
     (["model.dpth=3"], "did you mean 'model.depth'"),
@@ -166,17 +170,56 @@ BAD = [
     (["diagnoze", "x"], "did you mean 'diagnose'"),
     (["diagnose", "nowhere"], "no such folder"),
     (["diagnose", "."], "no trace here"),
+    (["diagnose", "half"], "half"),
+    (["diff", "half", "half"], "half"),
+    (["diff", "nowhere", "nowhere"], "no such folder"),
+    (["diagnose", "file"], "file"),
+    (["chain", "w=abc"], "w: 'abc' is not a number"),
+    (["chain", "--run", "half", "--layer", "x"], "half"),
+    (["data.root=file"], "data.root=file: no such folder"),
+    (["data.root=half"], "no train-images-idx3-ubyte"),
+    (["hydra.run.dir=" + LONG], "cannot be written"),
+    (["-m", "seed=0,1", "hydra.sweep.dir=" + LONG], "cannot be written"),
+    (["data.root=" + LONG], "no such folder"),
+    (["model.activation=" + LONG], "unknown"),
+    ([LONG + "=1"], "unknown key"),
+    (["diagnose", LONG], "no such folder"),
+    (["model.activation='größe'"], "größe"),
+    (["数字=1"], "'数字=1': Hydra cannot read it"),
+    (["data.root=/数字"], "put the value in quotes"),
+    (["data.root='/数字'"], "data.root=/数字: no such folder"),
+    (["model.activation="], "unknown"),
+    (["model.width=true"], "model.width"),
+    (["seed=-1"], "seed=-1: must be 0 or more"),
+    (["watch.histograms=maybe"], "watch.histograms"),
+    (["optimizer.eps=-1"], "optimizer.eps=-1"),
+    (["model.weight_variance=-2"], "must be 0 or more"),
+    (["model.bias_variance=hee"], "model.bias_variance=hee"),
+    (["data.name=cifar10", "data.root=file"], "data.name=cifar10: not to be had from file"),
+    (["expect=3"], "expect"),
+    ([""], "unknown command"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def half_a_run(folder):
+    """What a killed copy leaves: a trace whose Parquet stops in the middle."""
+    train(Config(model=ModelConfig(depth=2, width=4), training=TrainingConfig(steps=1)), folder)
+    (part,) = (folder / "trace").glob("part-*.parquet")
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
 def test_bad_input_gets_one_clear_message_and_exit_2_and_leaves_nothing(arguments, message, capsys):
+    Path("file").write_text("no folder")
+    if "half" in " ".join(arguments):
+        half_a_run(Path("half"))
+    before = sorted(Path().rglob("*"))
     assert main(arguments) == 2
     told = capsys.readouterr()
     assert message in told.err
     assert "Traceback" not in told.err + told.out
     assert len(told.err.splitlines()) <= 6
-    assert list(Path().iterdir()) == []
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_a_corrupt_data_file_is_named(tmp_path, capsys):
