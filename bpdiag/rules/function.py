@@ -8,6 +8,7 @@ true inputs and outputs; it runs under ``torch.func.vmap`` and under autocast.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,18 +20,20 @@ class Rule:
 
     A subclass states two plain functions, written without ``self`` and made static here, and what links them:
 
-    * ``forward(*inputs) -> Tensor``;
-    * ``vjp(g, *kept, needs) -> tuple``: one cotangent (or None) per input; ``needs[i]`` is False where nobody asks
+    * ``forward(*inputs) -> Tensor``: tensors first, then settings (stride, eps, ...), most with a default;
+    * ``vjp(g, *kept, needs) -> tuple``: one cotangent (or None) per tensor; ``needs[i]`` is False where nobody asks
       for the i-th, so that it need not be computed;
-    * ``keeps(inputs, output, needs) -> tuple of Tensor``: what the backward needs, and no more.
+    * ``keeps(inputs, output, needs) -> tuple``: what the backward needs, and no more.  Tensors become autograd's saved
+      tensors; whatever else stands among them (a setting, a shape) reaches ``vjp`` in its place, as it is.
 
-    ``apply(*inputs)`` is the differentiable function made of them.
+    ``apply(*inputs)`` is the differentiable function made of them; settings may be left out or given by name.
     """
 
     name: ClassVar[str]
     apply: ClassVar[Any]
     forward: ClassVar[Any]
     vjp: ClassVar[Any]
+    mixes: ClassVar[bool] = False  # vjp takes what was kept in any precision; else it gets all in that of g
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -38,19 +41,37 @@ class Rule:
             if method in cls.__dict__:
                 setattr(cls, method, staticmethod(cls.__dict__[method]))
         if hasattr(cls, "forward"):  # a rule that inherits its forward may have a vjp of its own
-            cls.apply = staticmethod(_function(cls).apply)
+            cls.apply = staticmethod(_complete(cls, _function(cls).apply))
 
     @classmethod
-    def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
         """What the backward needs of a call."""
         raise NotImplementedError(f"{cls.__name__} does not say what its backward needs")
 
     @classmethod
-    def pull_back(
-        cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """One cotangent (or None) per input of ``forward``."""
+    def pull_back(cls, g: Tensor, kept: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """One cotangent (or None) per tensor among the inputs of ``forward``."""
         return cls.vjp(g, *kept, needs=needs)
+
+
+def _complete(rule: type[Rule], apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``apply`` with every setting in its place: as given, by position or name, or at the default of ``forward``."""
+    parameters = inspect.signature(rule.forward).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    if not defaults:
+        return apply
+    names = tuple(parameters)
+
+    def call(*inputs: Any, **settings: Any) -> Tensor:
+        given = {**defaults, **settings}
+        rest = names[len(inputs) :]
+        if not (settings.keys() <= set(rest) <= given.keys()):
+            wrong = sorted(settings.keys() - set(rest)) or [n for n in rest if n not in given]
+            problem = "unknown or given twice" if settings.keys() - set(rest) else "missing"
+            raise TypeError(f"{rule.name}: {', '.join(wrong)} {problem}; expected ({', '.join(names)})")
+        return apply(*inputs, *[given[name] for name in rest])
+
+    return call
 
 
 def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
@@ -65,15 +86,24 @@ def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            ctx.dtypes = tuple(t.dtype if isinstance(t, Tensor) else None for t in inputs)
-            ctx.save_for_backward(*rule.keeps(inputs, output, ctx.needs_input_grad))
+            kept = rule.keeps(inputs, output, ctx.needs_input_grad)
+            dtypes = [t.dtype if isinstance(t, Tensor) else None for t in inputs]
+            others = [None if isinstance(t, Tensor) else t for t in kept]
+            ctx.beside = dtypes, others  # one attribute: each costs as much as a small operation
+            ctx.save_for_backward(*[t if isinstance(t, Tensor) else None for t in kept])
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+            dtypes, others = ctx.beside
             # Under autocast g is of lower precision than what was kept, and a product refuses to mix them.
-            kept = tuple(_cast(t, g.dtype) if t is not None and t.is_floating_point() else t for t in ctx.saved_tensors)
+            saved = (
+                ctx.saved_tensors if rule.mixes else [t if t is None else _cast(t, g.dtype) for t in ctx.saved_tensors]
+            )
+            kept = tuple([o if t is None else t for t, o in zip(saved, others, strict=True)])
             grads = rule.pull_back(g, kept, ctx.needs_input_grad)
-            return tuple([t if t is None else _cast(t, d) for t, d in zip(grads, ctx.dtypes, strict=True)])
+            if len(grads) < len(dtypes):  # settings have none
+                grads += (None,) * (len(dtypes) - len(grads))
+            return tuple([t if t is None else _cast(t, d) for t, d in zip(grads, dtypes, strict=True)])
 
     # torch binds the arguments of every call to this signature: worked out each time it would cost as much as the rule
     Template.forward.__signature__ = inspect.signature(Template.forward)  # type: ignore[attr-defined]  # inspect reads it
@@ -81,4 +111,14 @@ def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
+    return t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype)
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32: sums of many narrower numbers would lose what they add.
+
+    Example:
+        >>> wide(torch.zeros(2, dtype=torch.float16)).dtype, wide(torch.zeros(2, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return t.float() if t.element_size() < 4 else t
