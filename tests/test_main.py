@@ -110,6 +110,17 @@ def test_a_sweep_as_tables_and_as_json(capsys):
         assert {Path(run).name for run in table.run} == {run.name for run in runs()}
 
 
+def test_a_seed_is_the_same_run_wherever_it_stands_in_a_sweep():
+    told = []
+    for folder, seeds in (("up", "0,1,2"), ("down", "2,1,0"), ("alone", "1")):
+        assert main(["-m", f"seed={seeds}", f"hydra.sweep.dir={folder}", *QUICK]) == 0
+        table = pandas.read_csv(f"{folder}/results.csv").set_index("seed")
+        told.append(table[["train_loss", "test_accuracy", "decades_first_layer"]].sort_index())
+    assert told[0].equals(told[1])
+    assert told[2].loc[1].equals(told[0].loc[1])
+    assert told[0].train_loss.nunique() == 3
+
+
 def test_a_run_as_json_and_in_silence(capsys):
     assert main([*QUICK, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["steps"] == 4
