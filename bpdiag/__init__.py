@@ -23,7 +23,7 @@ _PUBLIC = {
     "train": "training",
     "watch": "session",
 }
-__all__ = ["Chain", "Config", "Finding", "RULES", "Result", "Trace", "diagnose", "load", "train", "watch"]  # noqa: RUF022
+__all__ = ["RULES", "Chain", "Config", "Finding", "Result", "Trace", "diagnose", "load", "train", "watch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import bpdiag
-from bpdiag.config import Config, UsageError, choose, flat, is_folder, meanings, nearest
+from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest, says_yes
 
 HELP = """bpdiag: see where your gradient dies, and why.
 
@@ -136,7 +136,7 @@ def _diagnose(arguments: list[str]) -> int:
 
 def _runs(folder: Path) -> list[Path]:
     """The run folder given, or the run folders in it, in natural order."""
-    if is_folder(folder) and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
+    if says_yes(folder.is_dir) and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
         try:
             inside = {path.parent.parent for path in folder.glob("**/trace/meta.json")}
         except OSError:  # a folder that vanishes or may not be read while we look
@@ -239,7 +239,7 @@ def _train(arguments: list[str]) -> int:
             return 1
         except (HydraException, OmegaConfBaseException) as error:
             raise UsageError(_in_short(error)) from error
-        except (UsageError, TraceError):
+        except (UsageError, TraceError, BrokenPipeError):
             raise
         except OSError as error:  # a full disk, a folder that may not be written
             print(f"bpdiag: {error}", file=sys.stderr)
@@ -351,8 +351,10 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
                 raise UsageError(f"{' '.join(twice)}: asked for twice in one sweep")
         else:
             jobs = [fixed]  # another sweeper decides as it goes
+        from bpdiag.results import require
         from bpdiag.training import check
 
+        require(_config(base).expect)
         for job in jobs:
             try:
                 check(_config(compose("config", job, return_hydra_config=True)))
@@ -368,9 +370,9 @@ def _parsed(parser: Any, word: str) -> Any:
     try:
         return parser.parse_override(word)
     except HydraException as error:
-        key = word.partition("=")[0]
+        key, why = word.partition("=")[0], str(error).splitlines()[0].partition(" expecting {")[0]
         raise UsageError(
-            f"'{word}': Hydra cannot read it; put the value in quotes of its own: \"{key}='...'\""
+            f"'{word}': Hydra cannot read it ({why}); text that is not plain goes into quotes: \"{key}='...'\""
         ) from error
 
 

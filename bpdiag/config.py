@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -19,15 +18,16 @@ class UsageError(ValueError):
     """Something the caller gave cannot be used; the message says what came, what is known, what to do."""
 
 
-def is_folder(path: Path) -> bool:
-    """Whether it is a folder; a name of 300 characters, or with a null, is none.
+def says_yes(question: Callable[[], bool]) -> bool:
+    """A question to the file system; no where it refuses the name (300 characters, a null) or the way to it.
 
     Example:
-        >>> is_folder(Path("a" * 300))
+        >>> from pathlib import Path
+        >>> says_yes(Path("a" * 300).is_dir)
         False
     """
     try:
-        return path.is_dir()
+        return question()
     except (OSError, ValueError):
         return False
 

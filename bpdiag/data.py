@@ -18,12 +18,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bpdiag.config import DataConfig, UsageError, choose, is_folder
+from bpdiag.config import DataConfig, UsageError, choose, says_yes
 
 VALIDATION = 5_000  # of MNIST's 60,000 training digits; of a smaller set at most a tenth
 
@@ -48,31 +49,31 @@ class Relative:
     """A data set that torchvision reads and can download."""
 
     dataset: str  # its class in torchvision.datasets
-    files: str  # what its folder holds, for one who puts it there by hand
+    files: str  # what it reads below its folder
     classes: tuple[str, ...]
     upright: Callable[[np.ndarray], np.ndarray] = lambda images: images  # -> (N, H, W) or (N, C, H, W)
     options: tuple[tuple[str, str], ...] = ()
 
 
 DIGITS = tuple("0123456789")
-IDX = "{{train,t10k}}-images-idx3-ubyte and {{train,t10k}}-labels-idx1-ubyte in {}/raw"
+IDX = "raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 RELATIVES = {
     "fashion_mnist": Relative(
         "FashionMNIST",
-        IDX.format("FashionMNIST"),
+        f"FashionMNIST/{IDX}",
         ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
     ),
-    "kmnist": Relative("KMNIST", IDX.format("KMNIST"), ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "kmnist": Relative("KMNIST", f"KMNIST/{IDX}", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
     "emnist-digits": Relative(
         "EMNIST",
-        "emnist-digits-{train,test}-images-idx3-ubyte and emnist-digits-{train,test}-labels-idx1-ubyte in EMNIST/raw",
+        "EMNIST/raw/emnist-digits-{train,test}-{images-idx3,labels-idx1}-ubyte",
         DIGITS,
         lambda images: images.transpose(0, 2, 1),  # the files hold every picture mirrored at its diagonal
         (("split", "digits"),),
     ),
     "cifar10": Relative(
         "CIFAR10",
-        "the folder cifar-10-batches-py",
+        "cifar-10-batches-py",
         ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         lambda images: images.transpose(0, 3, 1, 2),
     ),
@@ -164,23 +165,36 @@ def _relative(name: str, root: str) -> tuple[np.ndarray, ...]:
 
     relative = RELATIVES[name]
     folder = downloads() if root == "embedded" else Path(root).expanduser()
-    reader = functools.partial(getattr(datasets, relative.dataset), folder, **dict(relative.options))
+    if root != "embedded" and not says_yes(folder.is_dir):
+        raise UsageError(f"data.root={root}: no such folder; leave it out to keep {name} in {downloads()}")
+    wanted = folder / relative.files
+
+    def read(**more: bool) -> list[Any]:
+        dataset = getattr(datasets, relative.dataset)
+        with contextlib.redirect_stdout(sys.stderr):  # what torchvision prints is no result
+            return [dataset(folder, train=train, **dict(relative.options), **more) for train in (True, False)]
+
     try:
+        parts = read()
+    except Exception as error:  # each reader has its own
+        if "not found" not in str(error):
+            raise UsageError(
+                f"data.name={name}: {wanted} cannot be read ({_reason(error)}); put sound files there"
+            ) from error
         try:
-            parts = [reader(train=train) for train in (True, False)]
-        except RuntimeError:  # torchvision's word for not there
-            print(f"downloading {name} to {folder}", file=sys.stderr)  # noqa: T201
-            with contextlib.redirect_stdout(sys.stderr):
-                parts = [reader(train=train, download=True) for train in (True, False)]
-    except Exception as error:  # no network, a full disk, a damaged file: each reader has its own
-        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
-        raise UsageError(
-            f"data.name={name}: not to be had from {folder} nor by download ({reason}); "
-            f"put {relative.files} there, or name the folder that has it with data.root"
-        ) from error
+            parts = read(download=True)
+        except Exception as refusal:  # no network, a full disk
+            raise UsageError(
+                f"data.name={name}: no {wanted}, and no download ({_reason(refusal)}); put the files there, "
+                "or name the folder that has them with data.root"
+            ) from refusal
     return tuple(
         array for part in parts for array in (relative.upright(np.asarray(part.data)), np.asarray(part.targets))
     )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 # ---- MNIST, ours ------------------------------------------------------------------------------------------
@@ -201,7 +215,7 @@ def _content(root: str, name: str) -> tuple[bytes, Path]:
         except (OSError, lzma.LZMAError) as error:
             raise UsageError(f"cannot read the embedded {path}: {error}; install bpdiag anew") from error
     folder = Path(root).expanduser()
-    if not is_folder(folder):
+    if not says_yes(folder.is_dir):
         raise UsageError(f"data.root={root}: no such folder; give a torchvision data folder, or {WAY_OUT}")
     places = [folder / "MNIST" / "raw", folder / "raw", folder]
     for path in (place / f"{name}{ending}" for place in places for ending in ("", ".gz")):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bpdiag import diagnosis
-from bpdiag.config import Expectation
+from bpdiag.config import Config, Expectation, choose, flat
 from bpdiag.diagnosis import Finding
 from bpdiag.diagnosis.finding import percent
 from bpdiag.trace import Trace, replace
@@ -96,7 +96,7 @@ class Checked:
 
     expectation: Expectation
     values: list[Any]  # of the jobs it is about, or the one over them all
-    holds: bool | None  # None: no job was of that kind
+    holds: bool | None  # None: no job was of that kind, or too few
 
     def __str__(self) -> str:
         e = self.expectation
@@ -112,17 +112,37 @@ class Checked:
         """The values in a few words: a range of numbers, the words there were."""
         if not self.values:
             return "nothing, no job was of that kind"
+        if self.holds is None:
+            return f"no {self.expectation.over}: it needs {LEAST[self.expectation.over]}, all finite"
         if all(isinstance(v, int | float) for v in self.values):
             low, high = min(self.values), max(self.values)
             return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
         return ", ".join(sorted({str(v) or "none" for v in self.values}))
 
 
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+OVER: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "spread": statistics.stdev}
+LEAST = {"mean": "a number", "spread": "two numbers or more"}
 
 
-OVER: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "spread": _spread}
+def require(expectations: Sequence[Expectation]) -> None:
+    """Every expectation is about a column there will be, over all jobs in a known way: asked before the first job.
+
+    Raises:
+        UsageError: One is not; the message names the nearest.
+    """
+    columns = [*flat(Config()), *(f.name for f in dataclasses.fields(Outcome) if f.name not in ("told", "config"))]
+    for expectation in expectations:
+        choose("expect.what", expectation.what, columns)
+        if expectation.over:
+            choose("expect.over", expectation.over, OVER)
+        for pair in expectation.where.split():
+            choose("expect.where", pair.partition("=")[0], columns)
+
+
+def _over(way: str, values: Sequence[Any]) -> float:
+    """The mean or the spread; nan for too few, or where one is no finite number."""
+    numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return OVER[way](numbers) if len(numbers) == len(values) >= 1 + (way == "spread") else math.nan
 
 
 def check(expectations: Sequence[Expectation], rows: Sequence[Row]) -> list[Checked]:
@@ -132,9 +152,11 @@ def check(expectations: Sequence[Expectation], rows: Sequence[Row]) -> list[Chec
         pairs = dict(pair.split("=", 1) for pair in expectation.where.split())
         flats = [row.flat() for row in rows if row.outcome is not None]
         values = [f.get(expectation.what) for f in flats if all(str(f.get(k)) == v for k, v in pairs.items())]
+        open_still = not values
         if values and expectation.over:
-            values = [OVER[expectation.over]([float(value) for value in values if value is not None])]
-        holds = all(_meets(value, expectation) for value in values) if values else None
+            number = _over(expectation.over, values)
+            values, open_still = [number], math.isnan(number)
+        holds = None if open_still else all(_meets(value, expectation) for value in values)
         told.append(Checked(expectation, values, holds))
     return told
 

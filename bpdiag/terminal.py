@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,11 +51,20 @@ HELD = {True: ("✓ as expected", "default"), False: ("✗ not so", "bold yellow
 BAR = 24  # cells of the widest bar
 
 
+class _Console(Console):
+    """Rich's, which lets a sweep go on when the reader of its lines has seen enough (``| head``)."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more; rich's own would end the program."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console(stderr: bool = False) -> Console:
     """Standard output (or error); 112 columns where it is no terminal and says no width."""
-    out = Console(stderr=stderr, highlight=False)
+    out = _Console(stderr=stderr, highlight=False)
     if not out.is_terminal and not os.environ.get("COLUMNS"):
-        out = Console(stderr=stderr, highlight=False, width=112)
+        out = _Console(stderr=stderr, highlight=False, width=112)
     return out
 
 

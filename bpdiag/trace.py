@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bpdiag.config import is_folder
+from bpdiag.config import says_yes
 
 T = TypeVar("T")
 SCHEMA = 1
@@ -183,9 +183,8 @@ class Trace:
             TraceError: There is no trace, or a file of it cannot be read.
         """
         run = Path(folder)
-        if not is_folder(run):
-            there = is_folder(run.parent) and run in run.parent.iterdir()
-            raise TraceError(f"{run}: {'a file, not a run folder' if there else 'no such folder'}")
+        if not says_yes(run.is_dir):
+            raise TraceError(f"{run}: {'a file, not a run folder' if says_yes(run.exists) else 'no such folder'}")
         here = run / "trace" if (run / "trace").is_dir() else run
         if not (here / "meta.json").is_file():
             raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")

@@ -379,16 +379,25 @@ def test_offline_one_line_names_the_folder_and_what_belongs_there(name, tmp_path
     for module in ("mnist", "cifar"):
         monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", refuse)
     message = refusal(tmp_path, name)
-    assert message.startswith(f"data.name={name}: not to be had from {tmp_path} nor by download (no network in a test)")
-    assert {"cifar10": "cifar-10-batches-py", "emnist-digits": "EMNIST/raw"}.get(name, "t10k") in message
+    where = {"cifar10": "cifar-10-batches-py", "emnist-digits": "EMNIST/raw/emnist-digits-"}
+    start = where.get(name, f"{ {'kmnist': 'KMNIST'}.get(name, 'FashionMNIST') }/raw/")
+    assert message.startswith(f"data.name={name}: no {tmp_path}/{start}")
+    assert "no download (no network in a test)" in message
     assert "\n" not in message
     told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err == f"downloading {name} to {tmp_path}\n"
+    assert (told.out, told.err) == ("", "")
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    assert f"data.root={tmp_path / 'typo'}: no such folder" in refusal(tmp_path / "typo", "kmnist")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_damaged_relative_is_refused(tmp_path, monkeypatch):
     lay_out(tmp_path, "kmnist", monkeypatch)
     path = tmp_path / "KMNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:100])
-    assert f"data.name=kmnist: not to be had from {tmp_path}" in refusal(tmp_path, "kmnist")
+    message = refusal(tmp_path, "kmnist")
+    assert f"data.name=kmnist: {tmp_path}/KMNIST/raw/" in message
+    assert "cannot be read" in message
+    assert "download" not in message  # none was tried

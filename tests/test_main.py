@@ -176,6 +176,9 @@ BAD = [
     (["--cfg", "job", "+unknown=1"], "unknown key"),
     (["training.epochs=0"], "training.epochs=0: must be from 1"),
     (["'model.depth=[1'"], "model.depth"),
+    (["model.depth=[1"], "Hydra cannot read it (no viable alternative at input '[1')"),
+    (["experiment=sick", "--config-dir", "own"], "expect.over=median: unknown; known: mean, spread"),
+    (["experiment=typo", "--config-dir", "own"], "did you mean 'test_accuracy'"),
     (["hydra.launcher.nonsuch=1"], "nonsuch"),
     (["nonsense"], "unknown command"),
     (["diagnoze", "x"], "did you mean 'diagnose'"),
@@ -197,7 +200,7 @@ BAD = [
     (["diagnose", LONG], "no such folder"),
     (["model.activation='größe'"], "größe"),
     (["数字=1"], "'数字=1': Hydra cannot read it"),
-    (["data.root=/数字"], "put the value in quotes"),
+    (["data.root=/数字"], "\"data.root='...'\""),
     (["data.root='/数字'"], "data.root=/数字: no such folder"),
     (["model.activation="], "unknown"),
     (["model.width=true"], "model.width"),
@@ -206,7 +209,7 @@ BAD = [
     (["optimizer.eps=-1"], "optimizer.eps=-1"),
     (["model.weight_variance=-2"], "must be 0 or more"),
     (["model.bias_variance=hee"], "model.bias_variance=hee"),
-    (["data.name=cifar10", "data.root=file"], "data.name=cifar10: not to be had from file"),
+    (["data.name=cifar10", "data.root=file"], "data.root=file: no such folder"),
     (["expect=3"], "expect"),
     ([""], "unknown command"),
 ]
@@ -219,11 +222,23 @@ def half_a_run(folder):
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
 
 
+def experiments_of_ones_own(folder):
+    """Two whose expectations cannot be held against anything."""
+    (folder / "experiment").mkdir(parents=True)
+    for name, asked in (
+        ("sick", "{what: test_accuracy, over: median, equals: '1'}"),
+        ("typo", "{what: tets_accuracy, equals: '1'}"),
+    ):
+        (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\nexpect:\n  - {asked}\n")
+
+
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[:60] for a, _ in BAD])
 def test_bad_input_gets_one_clear_message_and_exit_2_and_leaves_nothing(arguments, message, capsys):
     Path("file").write_text("no folder")
     if "half" in " ".join(arguments):
         half_a_run(Path("half"))
+    if "own" in arguments:
+        experiments_of_ones_own(Path("own"))
     before = sorted(Path().rglob("*"))
     assert main(arguments) == 2
     told = capsys.readouterr()
@@ -292,6 +307,17 @@ def test_no_number_is_cut_in_a_narrow_terminal(columns, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("    3 ", "   10 "))]
     assert len(lines) == 4 or columns == "40"
     assert columns == "40" or all("%" in line for line in lines)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_who_has_seen_enough_ends_no_sweep(tmp_path, flags):
+    told = [sys.executable, "-m", "bpdiag", "-m", "seed=0,1,2", "hydra.sweep.dir=sweep", *QUICK, *flags]
+    sweep = subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    sweep.stdout.close()
+    assert sweep.stderr.read() == ""
+    sweep.stderr.close()
+    assert sweep.wait(timeout=120) == 0
+    assert len(pandas.read_csv(tmp_path / "sweep" / "results.csv")) == 3
 
 
 def test_a_terminal_without_unicode_gets_no_traceback(tmp_path):

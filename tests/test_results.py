@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pandas
 import pytest
 
-from bpdiag.config import Expectation
-from bpdiag.results import Outcome, Row, check, half_a_line, write
+from bpdiag.config import Expectation, UsageError
+from bpdiag.results import Outcome, Row, check, half_a_line, require, write
 
 
 def outcome(**more):
@@ -114,4 +115,28 @@ def test_an_expectation_may_be_about_the_jobs_together():
     told = check(asked, rows)
     assert [one.holds for one in told] == [True, True, False]
     assert str(told[0]) == "spread of decades_first_layer 1.29 ± 1 %: measured 1.29"
-    assert check(asked[:1], rows[:1])[0].holds is False  # one job has no spread
+
+
+def test_what_has_no_mean_or_spread_is_open_and_not_refuted():
+    spread, mean = (Expectation("decades_first_layer", "", over, "1", 0.01) for over in ("spread", "mean"))
+    one, sick = Row({}, "a", outcome(decades_first_layer=1.0)), Row({}, "b", outcome(decades_first_layer=-math.inf))
+    assert check([mean], [one])[0].holds is True
+    for asked, rows in ((spread, [one]), (spread, [one, sick]), (mean, [one, sick])):
+        told = check([asked], rows)[0]
+        assert told.holds is None
+        assert "all finite" in str(told)
+    assert check([Expectation("verdict", "", "mean", "lives")], [one])[0].holds is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (Expectation("test_accuracy", "", "median", "1"), "expect.over=median: unknown; known: mean, spread"),
+        (Expectation("tets_accuracy", "", "", "1"), "did you mean 'test_accuracy'"),
+        (Expectation("verdict", "model.dpth=5", "", "lives"), "did you mean 'model.depth'"),
+    ],
+)
+def test_an_expectation_of_nothing_is_refused(asked, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        require([asked])
+    require([Expectation("test_accuracy", "model.depth=5", "mean", "1")])

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from bpdiag import Trace, watch
 from bpdiag.config import Config, ModelConfig, TrainingConfig
+from bpdiag.dashboard import summaries
 from bpdiag.dashboard.writer import TAGS, TensorBoardWriter
 from bpdiag.model import build
 from bpdiag.trace import Layer, Sample, TraceError
@@ -334,3 +335,13 @@ def test_a_trained_classifier_shows_its_digits_and_its_errors(tmp_path):
     config.watch.pictures = False
     train_config(config, tmp_path / "plain")
     assert accumulate(tmp_path / "plain").Tags()["images"] == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.7e308, 1.7e308), (2.0, 2.0), (0.0, 5e-324), (-3.0, 1.0)])
+def test_the_edges_of_a_histogram_are_finite_and_in_order(low, high):
+    value = summaries.histogram("h", low, high, [1.0, 2.0, 3.0])
+    bins = np.array(value.tensor.double_val).reshape(-1, 3)
+    assert np.isfinite(bins).all()
+    assert (bins[:, 0] <= bins[:, 1]).all()
+    assert bins[0, 0] <= low <= high <= bins[-1, 1] * (1 + 1e-15)
+    assert bins[:, 2].sum() == 6

@@ -38,8 +38,9 @@ def histogram(tag: str, low: float, high: float, counts: Sequence[float]) -> Sum
     """Equal bins from ``low`` to ``high`` for the histograms tab; equal numbers make one bin, one wide."""
     if low == high:
         low, high, counts = low - 0.5, high + 0.5, [sum(counts)]
-    width = (high - low) / len(counts)
-    told = [x for i, count in enumerate(counts) for x in (low + i * width, low + (i + 1) * width, count)]
+    shares = [i / len(counts) for i in range(len(counts) + 1)]
+    edges = [low * (1 - share) + high * share for share in shares]  # high - low may overflow
+    told = [x for i, count in enumerate(counts) for x in (edges[i], edges[i + 1], count)]
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(counts)), TensorShapeProto.Dim(size=3)])
     tensor = TensorProto(dtype=DT_DOUBLE, double_val=told, tensor_shape=shape)
     return Summary.Value(tag=tag, metadata=histograms.create_summary_metadata(None, None), tensor=tensor)

@@ -162,17 +162,17 @@ def _correlate(x: Tensor, g: Tensor, at: Window) -> Tensor:
     (tens of times, on a CPU): there each sample is a group of its own, and what comes out is summed.
     """
     B, C, *size = x.shape
-    _, O, *places = g.shape  # noqa: E741
+    _, N, *places = g.shape
     if not x.numel():
-        return x.new_zeros(O, C // at.groups, *at.kernel)
+        return x.new_zeros(N, C // at.groups, *at.kernel)
     if at.groups == C:
-        x, g, groups = wide(x).reshape(1, B * C, *size), wide(g).reshape(B * O, 1, *places), B * C
+        x, g, groups = wide(x).reshape(1, B * C, *size), wide(g).reshape(B * N, 1, *places), B * C
     else:
         x = x.reshape(B, at.groups, C // at.groups, *size).transpose(0, 1)
         x, g, groups = x.reshape(-1, C // at.groups, *size).transpose(0, 1), g.transpose(0, 1), at.groups
     y = torch.convolution(x, g, None, at.dilation, at.padding, at.stride, False, [0] * len(size), groups)
     y = _cropped(y, at.kernel)  # the steps of x that the stride left over
-    return y.reshape(B, O, 1, *at.kernel).sum(0) if at.groups == C else y.transpose(0, 1)
+    return y.reshape(B, N, 1, *at.kernel).sum(0) if at.groups == C else y.transpose(0, 1)
 
 
 def _batched(t: Tensor, at: Window) -> Tensor:
