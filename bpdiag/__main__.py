@@ -86,16 +86,9 @@ def _guarded(arguments: list[str]) -> int:
                 return COMMANDS[arguments[0]](arguments[1:])
             raise UsageError(f"{arguments[0]}: unknown command; {nearest(arguments[0], COMMANDS)}")
         return _train(arguments)
-    except _refusals() as error:
+    except UsageError as error:
         print(f"bpdiag: {error}", file=sys.stderr)
         return 2
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What bad input raises; asked for only when something was: a trace's numpy and pyarrow load slowly."""
-    from bpdiag.trace import TraceError
-
-    return UsageError, TraceError
 
 
 # ---- sub-commands -----------------------------------------------------------------------------------------
@@ -220,7 +213,6 @@ def _train(arguments: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     from bpdiag.launcher import TELLS, JobsFailedError, job_folder
-    from bpdiag.trace import TraceError
 
     flags = [word for word in arguments if word in ("--json", "--quiet")]
     arguments = [word for word in arguments if word not in flags]
@@ -239,7 +231,7 @@ def _train(arguments: list[str]) -> int:
             return 1
         except (HydraException, OmegaConfBaseException) as error:
             raise UsageError(_in_short(error)) from error
-        except (UsageError, TraceError, BrokenPipeError):
+        except (UsageError, BrokenPipeError):
             raise
         except OSError as error:  # a full disk, a folder that may not be written
             print(f"bpdiag: {error}", file=sys.stderr)

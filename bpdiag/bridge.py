@@ -22,9 +22,8 @@ from typing import Any
 
 from bpdiag.config import UsageError, nearest
 from bpdiag.lesson import WIDTH, bars, short, table
-from bpdiag.trace import Layer, Trace
+from bpdiag.trace import Trace
 
-SAME = 1e-6  # relative: the norm of one tensor, told in two ways
 DIGITS = 4  # shown
 
 
@@ -73,7 +72,7 @@ def weight_gradient(trace: Trace, name: str | None, step: int | None = None) -> 
         if terms[-1].value == 0:
             break
         gain = _number(trace, "backward_gain", below, at)
-        factors = (_first(trace, (column,), below, at) for column in ("weight_factor", "slope_factor"))
+        factors = (trace.value(column, below, at) for column in ("weight_factor", "slope_factor"))
         terms.append(Term("gain", f"gain of {trace.layers[below].title}", gain, *factors))
     measured = _number(trace, "g_W_norm", row, at)
     if terms[-1].value != 0:
@@ -157,47 +156,26 @@ def _closing(trace: Trace, row: int, at: int, measured: float) -> list[Term]:
 
 
 def _entering(trace: Trace, row: int, at: int) -> float | None:
-    """‖a_{l-1}‖, the norm of what the layer read; None where the trace does not tell it."""
-    layer = trace.layers[row]
-    if not layer.parents:
-        rms, there = (column[at, row] for column in trace.column("x_rms"))
-        if not there or layer.kind != "linear":
-            return None
-        return float(rms) * math.sqrt(_samples(trace, row, at) * (layer.fan_in or 0))
-    if len(layer.parents) > 1:
-        return None
-    parent = layer.parents[0]
-    given = _first(trace, ("a_norm", "z_norm"), parent, at)
-    # where something unwatched stands between, the cotangent changes on its way through it
-    came = _first(trace, ("g_a_norm", "g_z_norm"), parent, at)
-    for i, below in enumerate(trace.layers):
-        if below.next == row and came is not None:
-            sent = trace.column("weight_factor")[0][at, i] * trace.column("g_z_norm")[0][at, row]
-            if not math.isclose(sent, came, rel_tol=SAME):
-                return None
-    return given
+    """‖a_{l-1}‖, the norm of what the layer read: measured there, else of the watched output it read unchanged."""
+    own = trace.value("x_norm", row, at)
+    parents = trace.layers[row].parents
+    if own is not None or len(parents) != 1:
+        return own
+    given = trace.value("a_norm", parents[0], at)
+    return trace.value("z_norm", parents[0], at) if given is None else given
 
 
 def _samples(trace: Trace, row: int, at: int) -> int:
     """Outputs of the step over units; the layer table's shape is the first batch's, and a last one may be shorter."""
-    layer, norm, rms = trace.layers[row], _first(trace, ("z_norm",), row, at), _first(trace, ("z_rms",), row, at)
+    layer, norm, rms = trace.layers[row], trace.value("z_norm", row, at), trace.value("z_rms", row, at)
     ratio = norm / rms if norm is not None and rms else math.nan
     outputs = round(ratio**2) if math.isfinite(ratio) else math.prod(layer.shape)
     return outputs // layer.units if layer.units else 0
 
 
-def _first(trace: Trace, columns: tuple[str, ...], row: int, at: int) -> float | None:
-    """The first of the columns that was measured there."""
-    for column in columns:
-        values, there = trace.column(column)
-        if there[at, row]:
-            return float(values[at, row])
-    return None
-
-
 def _row(trace: Trace, name: str | None) -> int:
     """The index of a weight layer by its name."""
-    rows = {_key(layer): i for i, layer in enumerate(trace.layers)}
+    rows = {layer.short: i for i, layer in enumerate(trace.layers)}
     weights = [key for key, i in rows.items() if trace.layers[i].is_weight_layer]
     if name is None:
         raise UsageError(f"--layer NAME is missing; known: {', '.join(weights)}")
@@ -235,10 +213,10 @@ def _way(trace: Trace, row: int) -> list[int]:
         top, whole = trace.layers[way[-1]], []
         for i in trace.weight_layers():
             if not _read_by_weights(trace, _climb(trace, i)[-1]):
-                whole.append(_key(trace.layers[i]))
+                whole.append(trace.layers[i].short)
         why = _reason(trace, "backward_gain", way[-1]) or "the way up forks"
         raise UsageError(
-            f"--layer {_key(trace.layers[row])}: no single product; {top.title}: {why}; known: {', '.join(whole)}"
+            f"--layer {trace.layers[row].short}: no single product; {top.title}: {why}; known: {', '.join(whole)}"
         )
     return way
 
@@ -249,11 +227,6 @@ def _climb(trace: Trace, row: int) -> list[int]:
     while (above := trace.layers[way[-1]].next) is not None:
         way.append(above)
     return way
-
-
-def _key(layer: Layer) -> str:
-    """What ``--layer`` calls it."""
-    return layer.key.removesuffix("#0")
 
 
 def _read_by_weights(trace: Trace, row: int) -> bool:
@@ -268,12 +241,12 @@ def _read_by_weights(trace: Trace, row: int) -> bool:
 
 
 def _number(trace: Trace, column: str, row: int, at: int) -> float:
-    values, there = trace.column(column)
-    if not there[at, row]:
+    value = trace.value(column, row, at)
+    if value is None:
         step = int(trace.sampled_steps[at])
         why = _reason(trace, column, row, step) or "not measured"
         raise UsageError(f"{trace.layers[row].title}: no {column} at step {step}: {why}")
-    return float(values[at, row])
+    return value
 
 
 def _reason(trace: Trace, column: str, row: int, step: int | None = None) -> str:
@@ -288,17 +261,18 @@ def _reason(trace: Trace, column: str, row: int, step: int | None = None) -> str
 
 def _notes(trace: Trace, row: int, at: int, last: Term) -> tuple[str, ...]:
     layer, told = trace.layers[row], []
-    if last.value == 0:
+    ended = last.value == 0
+    if ended:
         told.append(f"{last.name} is exactly 0: nothing is left to multiply.")
     calls = sum(other.name == layer.name for other in trace.layers)
     if calls > 1:
-        told.append(
-            f"W is shared by {calls} calls and dC/dW sums over them; the last factor holds what the others add."
-        )
+        rest = "theirs is what was measured" if ended else "the last factor holds what the others add"
+        told.append(f"W is shared by {calls} calls and dC/dW sums over them; {rest}.")
     here = trace.table["step"].to_numpy() == trace.sampled_steps[at]
     passes = 1 + int(trace.table["backward"].to_numpy()[here].max())
     if passes > 1:
-        told.append(f"The step had {passes} forward passes: the factors are the first's, dC/dW sums over all.")
+        rest = "; what was measured came of the others" if ended else ""
+        told.append(f"The step had {passes} forward passes: the factors are the first's, dC/dW sums over all{rest}.")
     if last.kind == "input and agreement":
         told.append("What entered was not measured as it entered: ‖a‖ and the agreement stand as one factor.")
     elif "conv" in layer.kind:

@@ -109,8 +109,8 @@ def layer_table(p: Profile, at: int, width: int = 112) -> Table:
 
 
 def _at(trace: Trace, column: str, at: int, lines: Sequence[int]) -> float:
-    values, there = trace.column(column)
-    return next((float(values[at, i]) for i in lines if there[at, i]), math.nan)
+    values = (trace.value(column, i, at) for i in lines)
+    return next((value for value in values if value is not None), math.nan)
 
 
 def _bar(decades: float, deepest: float, limit: float, width: int) -> Text:

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bpdiag.config import says_yes
+from bpdiag.config import UsageError, says_yes
 
 T = TypeVar("T")
 SCHEMA = 1
@@ -44,7 +44,8 @@ COLUMNS: dict[str, str] = {
     "a_saturated_fraction": "share of elements with |slope| under 5 % of the activation's largest",
     "a_dead_fraction": "share of units with slope exactly 0 for every sample of the last sampled batches",
     "slope_rms": "rms of the activation's slope, elementwise",
-    "x_rms": "rms of the input of a layer that no watched layer feeds: the data, as a rule",
+    "x_norm": "l2 norm of a layer's input, where that is no watched output: the data, what a function gave",
+    "x_rms": "the same per element",
     "g_z_norm": "l2 norm of dL/dz",
     "g_z_rms": "the same per element",
     "g_a_norm": "l2 norm of dL/da",
@@ -61,7 +62,7 @@ COLUMNS: dict[str, str] = {
 }
 
 
-class TraceError(ValueError):
+class TraceError(UsageError):
     """A folder holds no readable trace; the message says what was looked for and where."""
 
 
@@ -89,6 +90,11 @@ class Layer:
         return f"{self.name}#{self.call}"
 
     @property
+    def short(self) -> str:
+        """``name``; from its second call on ``name#call``."""
+        return self.key.removesuffix("#0")
+
+    @property
     def title(self) -> str:
         """How it is called in a sentence: its name; where that is a mere number, with its kind.
 
@@ -96,7 +102,7 @@ class Layer:
             >>> Layer("linear1", 0, "linear").title, Layer("4", 1, "linear").title
             ('linear1', '4#1 (linear)')
         """
-        name = self.key.removesuffix("#0")
+        name = self.short
         return name if any(c.isalpha() for c in self.name) else f"{name} ({self.kind})"
 
     @property
@@ -236,6 +242,11 @@ class Trace:
         """Steps and losses, (T,) each, of every step that told its loss."""
         steps = self.steps_table.filter(pa.compute.is_valid(self.steps_table["loss"]))
         return steps["step"].to_numpy(), steps["loss"].to_numpy()
+
+    def value(self, column: str, row: int, at: int) -> float | None:
+        """Of layer ``row``, the ``at``-th sampled step, the first backward; None where it is missing."""
+        values, there = self.column(column)
+        return float(values[at, row]) if there[at, row] else None
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A column as (S, L) float64 and whether it was measured, (S, L) bool; S sampled steps, L lines of the table.

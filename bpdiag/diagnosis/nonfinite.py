@@ -90,7 +90,7 @@ def _first_bad_call(trace: Trace, at: int) -> tuple[int | None, str]:
 
     out, weights, data = bad("z_norm") | bad("a_norm"), bad("W_rms"), bad("x_rms")
     for i, layer in enumerate(trace.layers):
-        if data[i]:
+        if data[i] and not layer.parents:
             return i, "input"
         if out[i] and not any(out[j] for j in layer.parents):
             return i, "weights" if weights[i] else "forward"

@@ -212,11 +212,15 @@ class Recorder:
             call.histograms[tensor] = statistics.histogram(x)
 
     def _measure_input(self, call: Call, x: Tensor) -> None:
-        """The data, if no watched layer feeds this one; an activation, if it was a function call and no module."""
+        """What no watched call gave out as it is: the data, an activation that was a function call, anything else."""
         if not call.parents:
-            call.values["x_rms"] = statistics.rms(x)
+            self._measure(call, "x", x)
             return
-        if not x.requires_grad or (x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._made_by):
+        if not x.requires_grad:
+            return
+        if x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._made_by:
+            if self._made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another of its outputs than the one measured
+                self._measure(call, "x", x)
             return  # what arrives here is the cotangent of a watched output, seen there
         below, rule = call.parents[0], rule_that_made(x)
         owner: Call | None = None
@@ -227,8 +231,10 @@ class Recorder:
             kept = kept_by(x, rule)
             if kept is not None:
                 self._measure_slope(below, rule, *kept)
-        if owner is None and call.fan_in is None:
-            return
+        if owner is None:
+            if call.fan_in is None:
+                return
+            self._measure(call, "x", x)
 
         def arrived(g: Tensor) -> None:
             call.values["_entering_norm"] = statistics.norm(g)
