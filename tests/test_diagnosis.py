@@ -392,6 +392,11 @@ def test_first_call_that_broke(cause):
     assert only(net(edit=spoil(60, "z2", g_W_norm=INF))).cause == "backward"
 
 
+def test_what_a_function_between_two_layers_broke_is_not_the_datas_fault():
+    finding = only(net(edit=spoil(60, "z3", x_rms=NAN, z_norm=NAN)))
+    assert (finding.layers, finding.cause) == (("z3#0",), "forward")
+
+
 PUBLIC = {"kind", "severity", "layers", "onset_step", "cause", "evidence", "confidence", "remedy", "expected", "source"}
 WORDS = {
     "lives": lambda: net(),
