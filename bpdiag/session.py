@@ -26,6 +26,7 @@ TOLD = {
     "model.depth": "depth",
     "model.weight_variance": "weight_variance",
     "model.width": "width",
+    "optimizer.eps": "optimizer_eps",
     "optimizer.lr": "lr",
     "optimizer.momentum": "momentum",
     "optimizer.name": "optimizer",
