@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from bpdiag.config import UsageError, choose
+
+Numbers = dict[str, float]  # the name of a quantity: its value
 
 
 def sigmoid(z: float) -> float:
@@ -33,26 +35,47 @@ def sigmoid(z: float) -> float:
     return e / (1 + e)
 
 
+def sigmoid_slope(z: float) -> float:
+    """sigmoid(z) sigmoid(-z): a (1 - a) without the loss of digits where a rounds to 1; the same at -z.
+
+    Example:
+        >>> sigmoid_slope(0.0), sigmoid_slope(60.0)
+        (0.25, 8.75651076269652e-27)
+    """
+    return sigmoid(z) * sigmoid(-z)
+
+
 class Squish(NamedTuple):
-    """a = forward(z),  da/dz = slope(a): all four slopes can be told from what came out."""
+    """a = forward(z),  da/dz = slope(z)."""
 
     forward: Callable[[float], float]
     slope: Callable[[float], float]
-    formula: str  # of the slope, for layer {l}
+    formula: str  # of the slope, for layer {l}, from what came out
 
 
 SQUISHES = {
-    "none": Squish(lambda z: z, lambda a: 1.0, "1"),
-    "sigmoid": Squish(sigmoid, lambda a: a * (1 - a), "a{l} · (1 - a{l})"),
-    "tanh": Squish(math.tanh, lambda a: 1 - a * a, "1 - a{l}²"),
-    "relu": Squish(lambda z: max(z, 0.0), lambda a: 1.0 if a > 0 else 0.0, "1 where a{l} > 0, else 0"),
+    "none": Squish(lambda z: z, lambda z: 1.0, "1"),
+    "sigmoid": Squish(sigmoid, sigmoid_slope, "a{l} · (1 - a{l})"),
+    "tanh": Squish(math.tanh, lambda z: 4 * sigmoid_slope(2 * z), "1 - a{l}²"),
+    "relu": Squish(lambda z: max(z, 0.0), lambda z: 1.0 if z > 0 else 0.0, "1 where a{l} > 0, else 0"),
 }
 LASTS = ("squish", "linear")
+
+
+class Values(NamedTuple):
+    """All that is computed of a chain, each part from one before it."""
+
+    forward: Numbers
+    factors: Numbers
+    backward: Numbers
+    decades: Numbers
 
 
 @dataclass(frozen=True)
 class Chain:
     """C = (a_L - y)^2 of a chain of L units; the defaults are the lesson's.
+
+    What a method takes beside its own arguments is another's result, where it is at hand: it is not computed again.
 
     Args:
         a0: the input.
@@ -100,7 +123,7 @@ class Chain:
         """What layer number ``layer`` (from 1) does to its z."""
         return "none" if layer == self.depth and self.last == "linear" else self.squish
 
-    def forward(self) -> dict[str, float]:
+    def forward(self) -> Numbers:
         """a0, then z and a of every layer upwards, then C.  inf and nan where a double cannot hold it."""
         a = self.a0
         told = {"a0": a}
@@ -110,15 +133,15 @@ class Chain:
             told |= {f"z{layer}": z, f"a{layer}": a}
         return told | {"C": (a - self.y) * (a - self.y)}
 
-    def factors(self) -> dict[str, float]:
+    def factors(self, forward: Numbers | None = None) -> Numbers:
         """How far each thing moves for a small move of the one below it: dC/da_L, then each layer's three.
 
         da_l/dz_l is the squish's slope; da_l/da_{l-1} = da_l/dz_l w_l;  da_l/dw_l = da_l/dz_l a_{l-1}.
         """
-        v, top = self.forward(), self.depth
+        v, top = forward or self.forward(), self.depth
         told = {f"dC/da{top}": 2 * (v[f"a{top}"] - self.y)}
         for layer in range(top, 0, -1):
-            slope = SQUISHES[self.squish_of(layer)].slope(v[f"a{layer}"])
+            slope = SQUISHES[self.squish_of(layer)].slope(v[f"z{layer}"])
             told |= {
                 f"da{layer}/dz{layer}": slope,
                 f"da{layer}/da{layer - 1}": slope * self.w[layer - 1],
@@ -132,12 +155,12 @@ class Chain:
         between = [f"da{k}/da{k - 1}" for k in range(top, layer, -1)]
         return [f"dC/da{top}", *between, f"da{layer}/dw{layer}"]
 
-    def backward(self) -> dict[str, float]:
+    def backward(self, factors: Numbers | None = None) -> Numbers:
         """dC/da and dC/dw of every layer in one sweep from the top: dC/da is carried down, each w takes it from there.
 
         2 L - 1 multiplications of factors, where a product for each weight takes L (L + 1) / 2.
         """
-        f, top = self.factors(), self.depth
+        f, top = factors or self.factors(), self.depth
         g = f[f"dC/da{top}"]
         told = {f"dC/da{top}": g}
         for layer in range(top, 0, -1):
@@ -156,7 +179,7 @@ class Chain:
         """
         return 2 * self.depth - 1, self.depth * (self.depth + 1) // 2
 
-    def decades(self) -> dict[str, float]:
+    def decades(self, factors: Numbers | None = None) -> Numbers:
         """log10 |dC/da_l / dC/da_L| for a_L down to a_1: the sum of the logs of the factors between.
 
         It stands where the product itself leaves the range of a double.  -inf below a factor that is exactly 0.
@@ -165,7 +188,7 @@ class Chain:
             >>> {name: round(d, 3) for name, d in Chain().decades().items()}
             {'a3': 0.0, 'a2': -0.301, 'a1': 0.176}
         """
-        f, sum_of_logs = self.factors(), 0.0
+        f, sum_of_logs = factors or self.factors(), 0.0
         told = {f"a{self.depth}": sum_of_logs}
         for layer in range(self.depth, 1, -1):
             size = abs(f[f"da{layer}/da{layer - 1}"])
@@ -173,40 +196,51 @@ class Chain:
             told[f"a{layer - 1}"] = sum_of_logs
         return told
 
-    def step(self, lr: float) -> Chain:
+    def values(self) -> Values:
+        """forward, factors, backward and decades, all from one way up."""
+        v = self.forward()
+        f = self.factors(v)
+        return Values(v, f, self.backward(f), self.decades(f))
+
+    def step(self, lr: float, backward: Numbers | None = None) -> Chain:
         """The chain after one step of gradient descent, w - lr dC/dw; biases stay.
 
         Example:
             >>> [round(w, 10) for w in Chain().step(0.01).w]
             [1.97, 2.98, 0.38]
         """
-        g = self.backward()
+        g = backward or self.backward()
         return dataclasses.replace(self, w=tuple(w - lr * g[f"dC/dw{i}"] for i, w in enumerate(self.w, 1)))
 
-    def foretold(self, lr: float) -> float:
+    def foretold(self, lr: float, backward: Numbers | None = None) -> float:
         """-lr · sum of (dC/dw)^2: how far a step would move C if its slopes stayed what they are.
 
         Example:
             >>> Chain().foretold(0.01)
             -1.57
         """
-        g = self.backward()
+        g = backward or self.backward()
         return -lr * sum(g[f"dC/dw{layer}"] * g[f"dC/dw{layer}"] for layer in range(1, self.depth + 1))
 
-    def remarks(self) -> list[str]:
+    def remarks(self, values: Values | None = None) -> list[str]:
         """In words: what left the range of a double, and what lets nothing pass; empty for a quiet chain.
 
         Example:
-            >>> Chain().remarks(), Chain(w=[1e200, 1e200]).remarks()
-            ([], ['Overflow: z2 is beyond the largest double, 1.8e308; what follows from it is inf or nan.'])
+            >>> Chain().remarks(), Chain(a0=0.0, squish="sigmoid").remarks()
+            ([], ['a0 is 0: w1 gets nothing.'])
+            >>> Chain(w=[1e200, 1e200]).remarks()
+            ['Overflow: z2 is beyond the largest double, 1.8e308; what follows from it may be inf or nan.']
         """
-        f, swept, decades = self.factors(), self.backward(), self.decades()
+        v, f, swept, decades = values or self.values()
         told = []
-        large = next((name for name, x in (self.forward() | f | swept).items() if not math.isfinite(x)), None)
+        large = next((name for name, x in (v | f | swept).items() if not math.isfinite(x)), None)
         if large:
-            told.append(f"Overflow: {large} is beyond the largest double, 1.8e308; what follows from it is inf or nan.")
+            told.append(
+                f"Overflow: {large} is beyond the largest double, 1.8e308; what follows from it may be inf or nan."
+            )
         if f[f"dC/da{self.depth}"] == 0:
             return [*told, f"a{self.depth} is what it should be: dC/da{self.depth} = 0, and every weight stays."]
+        deaf = 0  # the highest weight that a cut keeps from the cost
         for layer in range(self.depth, 0, -1):
             slope, passed = f"da{layer}/dz{layer}", f"da{layer}/da{layer - 1}"
             if f[slope] == 0 or (f[passed] == 0 and layer > 1):
@@ -214,6 +248,12 @@ class Chain:
                 below = " or any weight below it" if deaf > 1 else ""
                 told.append(f"Cut: {cut} is exactly 0: nothing of the cost reaches w{deaf}{below}.")
                 break
+        idle = [k for k in range(deaf + 1, self.depth + 1) if f[f"da{k}/dw{k}"] == 0 == swept[f"dC/dw{k}"]]
+        if idle:
+            low, *others = idle
+            cause = f"a{low - 1}" if v[f"a{low - 1}"] == 0 else f"da{low}/dw{low}"  # which underflows
+            likewise = f"; likewise {len(others)} of the weights above it" if others else ""
+            told.append(f"{cause} is 0: w{low} gets nothing{likewise}.")
         lost = next((a for a, d in decades.items() if swept[f"dC/d{a}"] == 0 and d > -math.inf), None)
         if lost:
             told.append(
@@ -223,14 +263,23 @@ class Chain:
         return told
 
 
-def descend(chain: Chain, lr: float, steps: int) -> list[Chain]:
-    """The chain, and what each of ``steps`` steps of gradient descent makes of it.
+class Step(NamedTuple):
+    """A chain on its way down: its C, and how far its slopes foretell that the next step moves it."""
+
+    chain: Chain
+    cost: float
+    foretold: float
+
+
+def descend(chain: Chain, lr: float, steps: int) -> Iterator[Step]:
+    """The chain, and what each of ``steps`` steps of gradient descent makes of it; one sweep each.
 
     Example:
-        >>> [round(c.forward()["C"], 8) for c in descend(Chain(), 0.01, 2)]
-        [1.0, 0.05328157, 0.00407416]
+        >>> [(round(cost, 8), round(foretold, 4)) for _, cost, foretold in descend(Chain(), 0.01, 2)]
+        [(1.0, -1.57), (0.05328157, -0.0774), (0.00407416, -0.0058)]
     """
-    chains = [chain]
-    for _ in range(steps):
-        chains.append(chains[-1].step(lr))
-    return chains
+    for _ in range(steps + 1):
+        v = chain.forward()
+        g = chain.backward(chain.factors(v))
+        yield Step(chain, v["C"], chain.foretold(lr, g))
+        chain = chain.step(lr, g)

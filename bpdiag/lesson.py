@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bpdiag.chain import SQUISHES, Chain, descend
-from bpdiag.config import UsageError, nearest
+from bpdiag.chain import SQUISHES, Chain, Values, descend
+from bpdiag.config import RANGES, UsageError, nearest
 
 MOST_LAYERS = MOST_STEPS = 1_000
-LARGEST_RATE = 1e6
+MOST_SWEPT = 100_000  # layers times steps
 AS_IN = ", as in bpdiag chain a0=1 w=2,3,0.5 y=2 steps=3"
 
 HELP = f"""The chain rule with every factor named, on a chain of scalars.
@@ -51,7 +51,7 @@ def parse(words: Sequence[str]) -> Lesson:
     """``KEY=VALUE`` words as a lesson; what is not given is the lesson's own.
 
     Raises:
-        UsageError: A key is unknown or given twice, or a value is no such thing; one line names it.
+        UsageError: A key is unknown or given twice, a value is no such thing, or too much is asked; one line names it.
 
     Example:
         >>> parse(["w=1,0.5x3", "squish=tanh", "steps=0"]).chain.w
@@ -71,7 +71,13 @@ def parse(words: Sequence[str]) -> Lesson:
             raise UsageError(f"{key}: given twice")
         given[key] = READERS[key](key, text)
     of_lesson = {key: given.pop(key) for key in ("lr", "steps") if key in given}
-    return Lesson(Chain(**given), **of_lesson)
+    lesson = Lesson(Chain(**given), **of_lesson)
+    if lesson.steps * lesson.chain.depth > MOST_SWEPT:
+        raise UsageError(
+            f"steps={lesson.steps}: layers times steps may be {MOST_SWEPT:,} at most; "
+            f"{lesson.chain.depth:,} layers can take {MOST_SWEPT // lesson.chain.depth:,} steps"
+        )
+    return lesson
 
 
 def _cut(text: str) -> str:
@@ -114,9 +120,9 @@ def _whole(key: str, text: str, low: float, high: float) -> int:
 
 
 def _rate(key: str, text: str) -> float:
-    value = _number(key, text)
-    if not 0 <= value <= LARGEST_RATE:
-        raise UsageError(f"{key}={_cut(text)}: must be from 0 to {LARGEST_RATE:.0f}")
+    value, (low, high) = _number(key, text), RANGES["optimizer.lr"]
+    if not low <= value <= high:
+        raise UsageError(f"{key}={_cut(text)}: must be from {low:g} to {high:.10g}")
     return value
 
 
@@ -143,29 +149,29 @@ Row = tuple[str, ...]
 
 def render(lesson: Lesson) -> str:
     """Forwards, the factors, each weight's product, the sweep that shares them, the decades, what a step does."""
-    chain = lesson.chain
-    parts = [_forwards(chain), _factors(chain), _products(chain), _sweep(chain), _decades(chain), _descent(lesson)]
-    parts.append([line for remark in chain.remarks() for line in textwrap.wrap(remark, WIDTH)])
+    chain, values = lesson.chain, lesson.chain.values()
+    parts = [section(chain, values) for section in (_forwards, _factors, _products, _sweep, _decades)]
+    parts.append(_descent(lesson))
+    parts.append([line for remark in chain.remarks(values) for line in textwrap.wrap(remark, WIDTH)])
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def to_data(lesson: Lesson) -> dict[str, Any]:
     """The same as numbers by name."""
-    chain, (sweep, apart) = lesson.chain, lesson.chain.multiplications()
-    chains = descend(chain, lesson.lr, lesson.steps)
+    chain, values, (sweep, apart) = lesson.chain, lesson.chain.values(), lesson.chain.multiplications()
+    steps = enumerate(descend(chain, lesson.lr, lesson.steps))
     return {
         "chain": dataclasses.asdict(chain),
-        "forward": chain.forward(),
-        "factors": chain.factors(),
-        "backward": chain.backward(),
+        "forward": values.forward,
+        "factors": values.factors,
+        "backward": values.backward,
         "multiplications": {"sweep": sweep, "apart": apart},
-        "decades": chain.decades(),
+        "decades": values.decades,
         "lr": lesson.lr,
         "steps": [
-            {"step": i, "C": c.forward()["C"], "foretold": c.foretold(lesson.lr), "w": c.w}
-            for i, c in enumerate(chains)
+            {"step": i, "C": cost, "foretold": foretold, "w": c.w} for i, (c, cost, foretold) in steps
         ],  # foretold: of the step that follows
-        "remarks": chain.remarks(),
+        "remarks": chain.remarks(values),
     }
 
 
@@ -213,22 +219,53 @@ def _some(things: Sequence[Any], many: int = MANY) -> list[Any]:
     return [*things] if len(things) <= many else [*things[:ENDS], None, *things[-ENDS:]]
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Cells one below the other; a row of one cell is left as it is, a column without a word is left out."""
+def table(rows: Sequence[Row], right: bool = False) -> list[str]:
+    """Cells one below the other; a row of one cell is left as it is, a column without a word is left out.
+
+    ``right``: each cell at the right of its column, as numbers stand, two spaces apart.
+
+    Example:
+        >>> table([("step", "C"), ("...",), ("9", "0.25")], right=True)
+        ['  step     C', '  ...', '     9  0.25']
+    """
     whole = [row for row in rows if len(row) > 1]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    justify, gap = (str.rjust, "  ") if right else (str.ljust, " ")
     told = []
     for row in rows:
-        cells = [cell.ljust(n) for cell, n in zip(row, widths, strict=True) if n] if len(row) > 1 else row
-        told.append(f"  {' '.join(cells)}".rstrip())
+        cells = [justify(cell, n) for cell, n in zip(row, widths, strict=True) if n] if len(row) > 1 else row
+        told.append(f"  {gap.join(cells)}".rstrip())
     return told
 
 
-def _by_layer(layers: Sequence[int], rows_of: Callable[[int], list[Row]]) -> list[Row]:
-    """The rows of each layer that is shown."""
+def _fitted(rows: Sequence[Row]) -> list[str]:
+    """A table; where it is too wide for the page, each row on lines of its own, the numbers below the names."""
+    told = table(rows)
+    return told if _fits(told) else table([line for row in rows for line in _folded(row)])
+
+
+def _fits(lines: Sequence[str]) -> bool:
+    return max(map(len, lines)) <= WIDTH
+
+
+def _folded(row: Row) -> list[Row]:
+    if len(row) == 1:
+        return [row]
+    name, first, *others = filter(None, row)
+    below = " " * (len(name) + 1)
+    lines = textwrap.wrap(
+        " ".join(others), WIDTH - 2, initial_indent=below, subsequent_indent=below, break_on_hyphens=False
+    )
+    return [(f"{name} {first}",), *((line,) for line in lines)]
+
+
+def _each(
+    things: Sequence[int], rows_of: Callable[[int], list[Row]], what: str = "layers", many: int = MANY
+) -> list[Row]:
+    """The rows of each layer (or step) that is shown."""
     told: list[Row] = []
-    for layer in _some(layers):
-        told += [(f"... {len(layers) - 2 * ENDS} layers more ...",)] if layer is None else rows_of(layer)
+    for thing in _some(things, many):
+        told += [(f"... {len(things) - 2 * ENDS} {what} more ...",)] if thing is None else rows_of(thing)
     return told
 
 
@@ -240,8 +277,8 @@ def _downwards(chain: Chain) -> range:
     return range(chain.depth, 0, -1)
 
 
-def _forwards(chain: Chain) -> list[str]:
-    v, top = chain.forward(), chain.depth
+def _forwards(chain: Chain, values: Values) -> list[str]:
+    v, top = values.forward, chain.depth
 
     def rows(layer: int) -> list[Row]:
         squish, x = chain.squish_of(layer), [chain.w[layer - 1], v[f"a{layer - 1}"]]
@@ -256,12 +293,12 @@ def _forwards(chain: Chain) -> list[str]:
     first, last = ("a0", "", "", f"= {short(chain.a0)}"), ("C", f"= (a{top} - y)²", f"= {cost}", f"= {short(v['C'])}")
     return [
         "Forwards: each layer takes what the one below gives out.",
-        *table([first, *_by_layer(_upwards(chain), rows), last]),
+        *_fitted([first, *_each(_upwards(chain), rows), last]),
     ]
 
 
-def _factors(chain: Chain) -> list[str]:
-    f, v, top = chain.factors(), chain.forward(), chain.depth
+def _factors(chain: Chain, values: Values) -> list[str]:
+    f, v, top = values.factors, values.forward, chain.depth
 
     def row(name: str, symbols: str, numbers: str, whose: str) -> Row:
         return name, f"= {symbols}", numbers and f"= {numbers}", f"= {short(f[name])}", f"  {whose}"
@@ -282,7 +319,7 @@ def _factors(chain: Chain) -> list[str]:
 
     first = row(f"dC/da{top}", f"2 · (a{top} - y)", f"2 · ({short(v[f'a{top}'])} - {_inner(chain.y)})", _sharers(top))
     heading = "Factors: how far each thing moves for a small move of the one below it; whose chains hold it."
-    return [heading, *table([first, *_by_layer(_downwards(chain), rows)])]
+    return [heading, *_fitted([first, *_each(_downwards(chain), rows)])]
 
 
 def _sharers(highest: int) -> str:
@@ -290,11 +327,11 @@ def _sharers(highest: int) -> str:
     if highest == 1:
         return "w1 alone"
     names = [f"w{layer}" for layer in range(highest, 0, -1)]
-    return f"shared by {', '.join(names) if highest <= 4 else f'{names[0]} to w1'}"
+    return f"shared by {', '.join(names) if highest <= 3 else f'{names[0]} to w1'}"
 
 
-def _products(chain: Chain) -> list[str]:
-    f, swept = chain.factors(), chain.backward()
+def _products(chain: Chain, values: Values) -> list[str]:
+    f, swept = values.factors, values.backward
 
     def rows(layer: int) -> list[Row]:
         names = _some(chain.path(layer))
@@ -303,36 +340,24 @@ def _products(chain: Chain) -> list[str]:
         numbers[0] = short(f[names[0]])
         return [(f"dC/dw{layer}", f"= {symbols}", f"= {' · '.join(numbers)}", f"= {short(swept[f'dC/dw{layer}'])}")]
 
-    lines = _by_layer(_downwards(chain), rows)
-    if max(map(len, table(lines))) > WIDTH:
-        lines = [line for row in lines for line in _folded(row)]
     return [
         "Backwards: dC/dw is the product of the factors on the way from the cost down to that weight.",
-        *table(lines),
-        *_tried(chain, swept["dC/dw1"]),
+        *_fitted(_each(_downwards(chain), rows)),
+        *_tried(chain, values),
     ]
 
 
-def _folded(row: Row) -> list[Row]:
-    """A row too wide for the page on two lines, the numbers below the names; on three where it must be."""
-    if len(row) == 1:
-        return [row]
-    name, symbols, numbers, value = row
-    below = " " * len(name)
-    lines: list[Row] = [(f"{name} {symbols}",), (f"{below} {numbers} {value}",)]
-    return lines if len(lines[1][0]) <= WIDTH - 2 else [lines[0], (f"{below} {numbers}",), (f"{below} {value}",)]
-
-
-def _tried(chain: Chain, slope: float) -> list[str]:
+def _tried(chain: Chain, values: Values) -> list[str]:
     """A derivative come true: the cost, computed anew with w1 a little larger."""
-    moved = dataclasses.replace(chain, w=(chain.w[0] + NUDGE, *chain.w[1:])).forward()["C"] - chain.forward()["C"]
+    moved = dataclasses.replace(chain, w=(chain.w[0] + NUDGE, *chain.w[1:])).forward()["C"] - values.forward["C"]
+    slope = values.backward["dC/dw1"]
     if not (math.isfinite(slope) and math.isfinite(moved)):
         return []
     return [f"  Try it: w1 + {NUDGE:g} moves C by {short(moved)}; {NUDGE:g} · dC/dw1 is {short(NUDGE * slope)}."]
 
 
-def _sweep(chain: Chain) -> list[str]:
-    f, swept, top = chain.factors(), chain.backward(), chain.depth
+def _sweep(chain: Chain, values: Values) -> list[str]:
+    f, swept, top = values.factors, values.backward, chain.depth
 
     def row(name: str, carried: str, factor: str) -> Row:
         return name, f"= {carried} · {factor}", f"= {_times([swept[carried], f[factor]])}", f"= {short(swept[name])}"
@@ -348,16 +373,16 @@ def _sweep(chain: Chain) -> list[str]:
     plural = "s" if once > 1 else ""
     return [
         "Sweep: what is shared is multiplied once. dC/da is carried down, each weight takes it from there.",
-        *table([first, *_by_layer(_downwards(chain), rows)]),
+        *_fitted([first, *_each(_downwards(chain), rows)]),
         f"  {once:,} multiplication{plural} of factors; each weight's product by itself would take {apart:,}.",
         "  With L layers 2 L - 1 against L (L + 1) / 2" + ("." if top >= 100 else ": at L = 100, 199 against 5,050."),
     ]
 
 
-def _decades(chain: Chain) -> list[str]:
+def _decades(chain: Chain, values: Values) -> list[str]:
     if chain.depth == 1:
         return []
-    told, top = chain.decades(), chain.depth
+    told, top = values.decades, chain.depth
     every = math.ceil(top / BARS)
     shown = [f"a{layer}" for layer in [*range(top, 1, -every), 1]]
     rows = [(a, f"{told[a] + 0.0:8.2f}", b) for a, b in zip(shown, bars([told[a] for a in shown]), strict=True)]
@@ -368,24 +393,26 @@ def _decades(chain: Chain) -> list[str]:
 
 
 def _descent(lesson: Lesson) -> list[str]:
+    """C and the weights step by step: of the weights as many as fit."""
     if not lesson.steps:
         return []
-    chains = descend(lesson.chain, lesson.lr, lesson.steps)
-    costs = [c.forward()["C"] for c in chains]
+    steps = [*descend(lesson.chain, lesson.lr, lesson.steps)]
     shown = [layer for layer in _some(_upwards(lesson.chain), MANY - 2) if layer]
-    rows = [["step", "C", "foretold", "came", *(f"w{layer}" for layer in shown)]]
-    for i in _some(range(len(chains)), MANY_STEPS):
-        if i is None:
-            rows.append(["..."] + [""] * (len(rows[0]) - 1))
-            continue
-        moves = [short(chains[i - 1].foretold(lesson.lr)), short(costs[i] - costs[i - 1])] if i else ["", ""]
-        rows.append([f"{i}", short(costs[i]), *moves, *(short(chains[i].w[layer - 1]) for layer in shown)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    told = ["  " + "  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if math.isfinite(costs[0]) and not costs[-1] <= costs[0]:  # nan is no fall
+
+    def rows(i: int) -> list[Row]:
+        chain, cost, _ = steps[i]
+        moves = (short(steps[i - 1].foretold), short(cost - steps[i - 1].cost)) if i else ("", "")
+        return [(f"{i}", short(cost), *moves, *(short(chain.w[layer - 1]) for layer in shown))]
+
+    def lines() -> list[str]:
+        first = ("step", "C", "foretold", "came", *(f"w{layer}" for layer in shown))
+        return table([first, *_each(range(len(steps)), rows, "steps", MANY_STEPS)], right=True)
+
+    while not _fits(lines()):
+        del shown[len(shown) // 2]
+    told = lines()
+    if math.isfinite(steps[0].cost) and not steps[-1].cost <= steps[0].cost:  # nan is no fall
         told.append("  C has grown: such steps leap across the valley; try a smaller lr.")
     rate = short(lesson.lr)
-    return [
-        f"Steps: w becomes w - {rate} · dC/dw; the slopes foretell that C moves by -{rate} · Σ (dC/dw)².",
-        *told,
-    ]
+    heading = f"Steps: w becomes w - {rate} · dC/dw; the slopes foretell that C moves by -{rate} · Σ (dC/dw)²."
+    return [*textwrap.wrap(heading, WIDTH), *told]

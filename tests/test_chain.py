@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import pytest
@@ -82,13 +82,35 @@ def test_the_lessons_numbers_to_six_digits(form, numbers):
 
 
 def test_two_steps_of_gradient_descent():
-    _, first, second = descend(Chain(), 0.01, 2)
+    (_, first, second), costs, foretold = zip(*descend(Chain(), 0.01, 2), strict=True)
     g = first.backward()
     assert first.w == six_digits((1.97, 2.98, 0.38))
     assert first.forward()["C"] == six_digits(0.0532815656)
     assert [g[f"dC/dw{i}"] for i in (1, 2, 3)] == six_digits([0.522779254, 0.345595682, 2.71019771])
     assert second.w == six_digits((1.96477221, 2.97654404, 0.352898023))
     assert second.forward()["C"] == six_digits(0.00407416177)
+    assert costs == six_digits((1, 0.0532815656, 0.00407416177))
+    assert foretold == tuple(chain.foretold(0.01) for chain in (Chain(), first, second))
+
+
+def test_a_step_takes_one_sweep(monkeypatch):
+    done = {"forward": 0, "backward": 0}
+
+    def counted(name, way):
+        def counting(self, *given):
+            done[name] += 1
+            return way(self, *given)
+
+        return counting
+
+    for name in done:
+        monkeypatch.setattr(Chain, name, counted(name, getattr(Chain, name)))
+    assert len([*descend(Chain(), 0.01, 5)]) == 6
+    assert done == {"forward": 6, "backward": 6}
+    Chain().remarks(Chain().values())
+    assert done == {"forward": 7, "backward": 7}
+    Chain().step(0.01)  # without what is at hand: computed anew
+    assert done == {"forward": 8, "backward": 8}
 
 
 def test_the_sweep_agrees_with_finite_differences():
@@ -166,11 +188,20 @@ def test_the_logs_know_a_product_that_no_double_holds():
     [
         (Chain(), []),
         (Chain(w=[1e200, 1e200]), ["Overflow: z2 is beyond the largest double"]),
-        (Chain(a0=0.0, w=[1e200] * 3), ["Overflow: dC/da1 is beyond"]),
+        (Chain(w=[1e200, 1.0], squish="sigmoid", a0=1e200), ["Overflow: z1 is beyond", "Cut: da1/dz1 is exactly 0"]),
+        (Chain(a0=0.0, w=[1e200] * 3), ["Overflow: dC/da1 is beyond", "a1 is 0: w2 gets nothing; likewise 1 of"]),
+        (Chain(a0=0.0), ["a0 is 0: w1 gets nothing; likewise 2 of the weights above it."]),
+        (Chain(a0=0.0, squish="sigmoid"), ["a0 is 0: w1 gets nothing."]),
+        (Chain(a0=0.0, squish="relu", b=(0.0, 1.0, 1.0)), ["Cut: da1/dz1 is exactly 0", "a1 is 0: w2 gets nothing."]),
+        (Chain(a0=1e-200, w=[-460.0, 1.0], squish="sigmoid", b=(-460.0, 0.0)), ["da1/dw1 is 0: w1 gets nothing."]),
         (Chain(a0=-1.0, w=[1.0], squish="relu"), ["Cut: da1/dz1 is exactly 0: nothing of the cost reaches w1."]),
-        (Chain(w=[1.0, 0.0, 1.0]), ["Cut: da2/da1 is exactly 0: nothing of the cost reaches w1."]),
+        (
+            Chain(w=[1.0, 0.0, 1.0]),
+            ["Cut: da2/da1 is exactly 0: nothing of the cost reaches w1.", "a2 is 0: w3 gets nothing."],
+        ),
         (Chain(w=[1.0, 1.0, 0.0]), ["Cut: da3/da2 is exactly 0: nothing of the cost reaches w2 or any"]),
-        (Chain(w=[1.0, 60.0], squish="sigmoid"), ["Cut: da2/dz2 is exactly 0"]),  # a2 rounds to 1
+        (Chain(w=[1.0, 60.0], squish="sigmoid"), []),  # a2 rounds to 1, its slope does not to 0
+        (Chain(w=[1.0, 1100.0], squish="sigmoid"), ["Cut: da2/dz2 is exactly 0"]),  # e^-804 is no double
         (Chain(y=3.0), ["a3 is what it should be"]),
     ],
     ids=lambda x: "" if isinstance(x, list) else None,
@@ -184,10 +215,39 @@ def test_what_leaves_a_doubles_range_or_lets_nothing_pass_is_told(chain, told):
 @pytest.mark.parametrize(("squish", "slope"), [("none", 1.0), ("sigmoid", 0.25), ("tanh", 1.0), ("relu", 0.0)])
 def test_slopes_at_zero_and_far_out(squish, slope):
     rule = SQUISHES[squish]
-    assert rule.slope(rule.forward(0.0)) == slope
+    assert rule.slope(0.0) == slope
     for z in (-800.0, -43.0, -1.0, -0.0, 1e-3, 1.0, 43.0, 800.0, math.inf, -math.inf):
-        assert 0 <= rule.slope(rule.forward(z)) <= 1
+        assert 0 <= rule.slope(z) <= 1
     assert math.isnan(rule.forward(math.nan))
+
+
+def to_350_digits(squish, z):
+    """a (1 - a) of sigmoid, 1 - a^2 of tanh: as written, with digits to spare for what 1 - a loses up to e^-700."""
+    with localcontext() as context:
+        context.prec = 350
+        if squish == "sigmoid":
+            a = 1 / (1 + Decimal(-z).exp())
+            return float(a * (1 - a))
+        e = Decimal(-2 * z).exp()
+        a = (1 - e) / (1 + e)
+        return float(1 - a * a)
+
+
+@pytest.mark.parametrize(("squish", "far"), [("sigmoid", 700.0), ("tanh", 350.0)])
+def test_slopes_of_saturated_units_to_the_last_digits(squish, far):
+    rule = SQUISHES[squish]
+    draw = random.Random(0)
+    for z in (1e-9, 0.5, 1.0, 3.0, 18.0, 19.0, 30.0, 37.0, 60.0, far, *(draw.uniform(0, far) for _ in range(20))):
+        assert rule.slope(z) == rule.slope(-z) == pytest.approx(to_350_digits(squish, z), rel=1e-14, abs=0)
+    a = rule.forward(30.0)  # told from what came out, few digits are right
+    assert (a * (1 - a) if squish == "sigmoid" else 1 - a * a) != pytest.approx(rule.slope(30.0), rel=1e-4, abs=0)
+
+
+def test_a_saturated_units_number_is_the_same_on_either_side():
+    for w, slope in ((30.0, 9.357623e-14), (60.0, 8.756511e-27)):
+        for sign in (1, -1):
+            factors = Chain(w=[sign * w], squish="sigmoid").factors()
+            assert factors["da1/dw1"] == pytest.approx(slope, rel=5e-7, abs=0)
 
 
 def test_sigmoid_in_exact_arithmetic():
@@ -304,18 +364,47 @@ def test_micrograds_neuron():
     assert told == [six_digits((-1.5, 1.0)), pytest.approx((0.5, 0.0), rel=5e-7)]
 
 
+class Micrograd:
+    """The expression of micrograd's README at a = -4, b = 2, with g = f / 2 + 10 / f and f = e^2.
+
+    c = 2 (2 (a + b) + 1) + 1 - a;  d = 4 (3 (a b + b^3) + relu(b + a)) + relu(b - a);  e = c - d.  Every path from a
+    or b up to e is a Chain with y = 0, so that its C is f; its last bias brings what the other paths bring.
+    """
+
+    a, b, e = -4.0, 2.0, -7.0
+
+    def path(self, x, *w, squish="none", bias=0.0):
+        enters = [bias, *[0.0] * (len(w) - 1)]
+        rest = self.e - Chain(x, w, 0.0, squish, "linear", enters).forward()[f"a{len(w)}"]
+        return Chain(x, w, 0.0, squish, "linear", [*enters[:-1], rest])
+
+    def from_a(self):
+        a, b = self.a, self.b
+        yield from (self.path(a, 2.0, 2.0), self.path(a, 1.0, -1.0))
+        yield self.path(a, b, 3.0, 4.0, -1.0)
+        yield self.path(a, 1.0, 4.0, -1.0, squish="relu", bias=b)
+        yield self.path(a, -1.0, -1.0, squish="relu", bias=b)
+
+    def from_b(self):
+        a, b = self.a, self.b
+        yield self.path(b, 2.0, 2.0)
+        yield self.path(b, a, 3.0, 4.0, -1.0)
+        yield from [self.path(b, b * b, 3.0, 4.0, -1.0)] * 3  # b^3: any of the three may be the one that moves
+        yield self.path(b, 1.0, 4.0, -1.0, squish="relu", bias=a)
+        yield self.path(b, 1.0, -1.0, squish="relu", bias=-a)
+
+    def slope(self, paths):
+        """dg/df df/dx: paths that meet at e add."""
+        f = self.e**2
+        g, factors = zip(*((chain.backward(), chain.factors()) for chain in paths), strict=True)
+        return (0.5 - 10 / f**2) * sum(s["dC/da1"] * f["da1/da0"] for s, f in zip(g, factors, strict=True))
+
+
 def test_micrograds_graph_is_a_sum_of_paths():
-    """The expression of micrograd's README; g = 24.7041, dg/da = 138.8338, dg/db = 645.5773."""
-    a, b = -4.0, 2.0
-    relu = SQUISHES["relu"]
-    up, down = relu.forward(b + a), relu.forward(b - a)
-    # c = a + b, then 2 c + 1, then 2 c + 1 - a;  d = a b + b^3, then 3 d + relu(b + a), then 4 d + relu(b - a)
-    c, d = 2 * (2 * (a + b) + 1) + 1 - a, 4 * (3 * (a * b + b**3) + up) + down
-    e = c - d
-    f = e**2
-    assert f / 2 + 10 / f == pytest.approx(24.7041, abs=5e-5)
-    dg_de = math.prod([0.5 - 10 / f**2, 2 * e])
-    paths_a = [[2 * 2], [-1], [-1, 4, 3, b], [-1, 4, relu.slope(up)], [-1, relu.slope(down), -1]]
-    paths_b = [[2 * 2], [-1, 4, 3, a], [-1, 4, 3, 3 * b**2], [-1, 4, relu.slope(up)], [-1, relu.slope(down)]]
-    assert dg_de * sum(map(math.prod, paths_a)) == pytest.approx(138.8338, abs=5e-5)
-    assert dg_de * sum(map(math.prod, paths_b)) == pytest.approx(645.5773, abs=5e-5)
+    """g = 24.7041, dg/da = 138.8338, dg/db = 645.5773."""
+    net = Micrograd()
+    for chain in (*net.from_a(), *net.from_b()):
+        f = chain.forward()["C"]
+        assert f / 2 + 10 / f == pytest.approx(24.7041, abs=5e-5)
+    assert net.slope(net.from_a()) == pytest.approx(138.8338, abs=5e-5)
+    assert net.slope(net.from_b()) == pytest.approx(645.5773, abs=5e-5)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import subprocess
 import sys
 
 import pytest
 
+from bpdiag import lesson
 from bpdiag.__main__ import main
-from bpdiag.lesson import MOST_LAYERS, WIDTH, parse, render
+from bpdiag.chain import LASTS, SQUISHES, Chain
+from bpdiag.lesson import HELP, MOST_LAYERS, READERS, WIDTH, Lesson, parse, render, to_data
 
 
 def page(*words):
@@ -66,11 +70,65 @@ def test_micrograds_neuron_on_the_page():
         ["w=1x1000", "squish=sigmoid"],
         ["w=1e150x4"],
         ["w=-1", "squish=relu"],
+        ["w=1.5,0.8,1.2,0.9,1.1,0.7", "squish=relu", "y=-12345.678", "a0=1.23456789"],
+        ["w=0.836,1.156,-1.391,1.788,1.747", "b=1.27,1.75,-1.99,-1.63,-1.85"],
+        ["lr=1.23456789e-100", "w=1x1000", "a0=0", "squish=sigmoid"],
     ],
     ids=" ".join,
 )
 def test_every_page_fits_its_width(words):
     assert max(map(len, page(*words).splitlines())) <= WIDTH
+
+
+def some_lessons(count=200, seed=0):
+    """Of one to a thousand layers, the numbers of all sizes and both signs."""
+    draw = random.Random(seed)
+
+    def number(spread):
+        return draw.choice((-1, 1)) * 10 ** draw.uniform(-spread, spread)
+
+    for _ in range(count):
+        depth = draw.choice((1, 2, 3, 4, 5, 6, 7, 8, 30, 1000))
+        spread = draw.choice((0.3, 1, 5, 120))
+        w, biased = [number(spread) for _ in range(depth)], draw.random() < 0.5
+        b = [number(spread) for _ in w] if biased else ()
+        chain = Chain(number(spread), w, number(spread), draw.choice([*SQUISHES]), draw.choice(LASTS), b)
+        yield Lesson(chain, min(abs(number(spread)), 1e6), draw.choice((0, 1, 3, 20)))
+
+
+def test_the_pages_of_two_hundred_chains_fit():
+    for asked in some_lessons():
+        assert max(map(len, render(asked).splitlines())) <= WIDTH, asked
+
+
+def test_without_folding_many_would_not_fit(monkeypatch):
+    monkeypatch.setattr(lesson, "WIDTH", 1_000)
+    wide = [asked for asked in some_lessons() if max(map(len, render(asked).splitlines())) > WIDTH]
+    assert len(wide) > 50
+
+
+def test_the_steps_show_as_many_weights_as_fit():
+    told = page("w=0.836,1.156,-1.391,1.788,1.747", "b=1.27,1.75,-1.99,-1.63,-1.85").splitlines()
+    (heading,) = [line for line in told if line.startswith("  step ")]
+    assert heading.split() == ["step", "C", "foretold", "came", "w1", "w2", "w5"]
+    assert "  ... 10 steps more ..." in page("steps=13").splitlines()
+
+
+def test_a_factor_names_three_sharers_and_of_more_the_ends():
+    told = page("w=1x4")
+    assert "shared by w4 to w1" in told
+    assert "shared by w3, w2, w1" in told
+
+
+def test_a_page_takes_one_sweep_a_chain(monkeypatch):
+    ways = []
+    forward = Chain.forward
+    monkeypatch.setattr(Chain, "forward", lambda self: ways.append(self) or forward(self))
+    render(Lesson(Chain()))
+    assert len(ways) == 6  # the lesson's, the one with w1 nudged, and those of steps 0 to 3
+    ways.clear()
+    to_data(Lesson(Chain()))
+    assert len(ways) == 5
 
 
 def test_a_deep_chain_shows_its_ends_and_twenty_bars():
@@ -132,6 +190,7 @@ BAD = [
     ("steps=-1", "steps: '-1' is not a whole number from 0 to 1,000"),
     ("steps=2.5", "steps: '2.5' is not a whole number"),
     ("steps=9" + "9" * 5000, "steps: "),
+    ("steps=1001", "steps: '1001' is not a whole number from 0 to 1,000"),
     ("lr=-1", "lr=-1: must be from 0 to 1000000"),
     ("lr=nan", "lr: 'nan' is not finite"),
     ("b=1,2", "b: 2 numbers for 3 layers"),
@@ -161,6 +220,32 @@ def test_twice_is_refused(capsys):
 
 def test_as_many_layers_as_are_allowed_are_taken():
     assert parse([f"w=1x{MOST_LAYERS - 1},2"]).chain.depth == MOST_LAYERS
+
+
+def test_layers_times_steps_are_limited(capsys):
+    assert parse(["w=1x1000", "steps=100"]).steps == 100
+    assert parse(["w=1x100", "steps=1000"]).steps == 1000
+    assert main(["chain", "w=1x1000", "steps=101"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "steps=101: layers times steps may be 100,000 at most; 1,000 layers can take 100 steps" in told[0]
+
+
+def test_helps_defaults_are_the_lessons():
+    words = dict(line.split("=") for line in re.findall(r"^  (\w+=\S+)  ", HELP, re.M))
+    assert words.keys() == READERS.keys()
+    del words["b"]  # its zeros stand for none
+    assert parse([f"{key}={value}" for key, value in words.items()]) == Lesson(Chain())
+    for key, other in {
+        "a0": "2",
+        "w": "2,3",
+        "y": "1",
+        "squish": "tanh",
+        "last": "linear",
+        "lr": "1",
+        "steps": "4",
+    }.items():
+        assert parse([f"{k}={v}" for k, v in {**words, key: other}.items()]) != Lesson(Chain())
 
 
 def test_help_names_every_key(capsys):
