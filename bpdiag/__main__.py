@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -183,18 +184,19 @@ def _chain(arguments: list[str]) -> int:
         raise UsageError(f"{told.words[0]}: a run has its own numbers; give --run or KEY=VALUE, not both")
     if told.run is None:
         asked = lesson.parse(told.words)
-        text, data = lesson.render(asked), lesson.to_data(asked)
+        as_text, as_data = partial(lesson.render, asked), partial(lesson.to_data, asked)
     else:
         from bpdiag import bridge
         from bpdiag.trace import Trace
 
         product = bridge.weight_gradient(Trace.load(told.run), told.layer, told.step)
-        text, data = bridge.render(product), bridge.to_data(product)
+        as_text, as_data = partial(bridge.render, product), partial(bridge.to_data, product)
     if told.json:
         from bpdiag.trace import plain
 
-        text = json.dumps(plain(data), indent=1, ensure_ascii=False)
-    print(text)
+        print(json.dumps(plain(as_data()), indent=1, ensure_ascii=False))
+    else:
+        print(as_text())
     return 0
 
 
