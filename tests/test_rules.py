@@ -117,6 +117,16 @@ class SignPrelu(Prelu):  # what it learns goes uphill
         return g_z, *(t if t is None else -t for t in g_p)
 
 
+class ProductPrelu(Prelu):  # g_p a product where torch selects: inf * 0
+    forward = Prelu.forward
+    vjp = Prelu.vjp
+
+    @classmethod
+    def pull_back(cls, g, kept, needs):
+        z, p = kept
+        return cls.vjp(g, z, p), (g * torch.clamp_max(z, 0)).sum().view_as(p) if needs[1] else None
+
+
 class OpenRelu(Relu):  # the other side's slope at the kink
     forward = Relu.forward
 
@@ -294,11 +304,17 @@ def torchs_at_kinks_zero_and_infinity(case):
         assert_same(case, (z,), torch.full_like(z, g), **tolerance)
 
 
-@check([name for name in ACTIVATIONS if ACTIVATIONS[name].kinks], catches=[SignLeakyRelu, OpenRelu, ProductRelu])
+@check(
+    [name for name in ACTIVATIONS if ACTIVATIONS[name].kinks],
+    catches=[SignLeakyRelu, OpenRelu, ProductRelu, ProductPrelu],
+)
 def torchs_select_for_a_cotangent_not_finite(case):
     z = torch.tensor([*POINTS, *case.rule.kinks], dtype=torch.float64)
+    learned = [z.new_full((1,), start) for start in case.rule.learnable.values()]
     for g in (INF, -INF, NAN):
         assert_same(case, (z,), torch.full_like(z, g), **EXACT)
+        for point in z.split(1) if learned else ():  # one by one: in a sum one nan would hide the others
+            assert_same(case, (point, *learned), torch.full_like(point, g), **EXACT)
 
 
 def oracle_slope(case, z):

@@ -184,15 +184,17 @@ class Prelu(Activation):
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-        """z, and p where it was given."""
+        """z and p: a tensor where it is learned, else a number."""
         return inputs
 
     @classmethod
     def pull_back(cls, g: Tensor, kept: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """(g_z,), and g_p where p was given."""
-        z, *p = kept
-        g_z = super().pull_back(g, kept, needs) if needs[0] else (None,)
-        return *g_z, *(_to_channels(g * torch.clamp_max(z, 0), one) if needs[1] else None for one in p)
+        """(g_z, g_p); None where not asked for, as g_p is where p is a number."""
+        z, p = kept
+        (g_z,) = super().pull_back(g, kept, needs) if needs[0] else (None,)
+        # not g times min(z, 0): inf * 0 is nan
+        g_p = _to_channels(torch.where(z > 0, 0, g * z), p) if needs[1] else None
+        return g_z, g_p
 
 
 def _by_channel(p: Any, z: Tensor) -> Any:

@@ -66,6 +66,12 @@ def whole(rule: str, argument: str, value: Any, least: int | None = 1) -> int:
     return value
 
 
+def number(rule: str, argument: str, value: Any, expected: str = "a number") -> None:
+    """Refuse what is no real number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong(rule, argument, repr(value), expected, TypeError)
+
+
 def each(rule: str, argument: str, value: Any, n: int, least: int | None = 1) -> tuple[int, ...]:
     """One whole number for each of n dimensions, from one for all or a sequence.
 

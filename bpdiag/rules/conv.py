@@ -69,13 +69,13 @@ class Conv(Rule):
         at = _window("conv", x, W, stride, padding, dilation, groups, padding_mode)
         if at.pad:
             check_pads("conv", "padding", at.pad, x, at.mode)
-            x = Pad.forward(x, at.pad, at.mode)
+            x = functional.pad(x, at.pad, at.mode)
         for n, k, p, d in zip(at.size, at.kernel, at.padding, at.dilation, strict=True):
             if n + 2 * p < d * (k - 1) + 1:
                 raise wrong(
                     "conv", "x", x, f"{d * (k - 1) + 1} places or more, padding {p} on each side counted, for W"
                 )
-        return CONV[len(at.kernel)](x, W, b, at.stride, at.padding, at.dilation, groups)
+        return _owned(CONV[len(at.kernel)](x, W, b, at.stride, at.padding, at.dilation, groups), at)
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -97,7 +97,7 @@ class Conv(Rule):
             g_x = g_x.squeeze(0) if g is not g_y else g_x
         if needs[1]:
             x = _batched(x, at)
-            g_W = _correlate(Pad.forward(x, at.pad, at.mode) if at.pad else x, g, at)
+            g_W = _correlate(functional.pad(x, at.pad, at.mode) if at.pad else x, g, at)
         return g_x, g_W, _over_batch(g) if needs[2] else None
 
 
@@ -127,6 +127,7 @@ class ConvTranspose(Rule):
     def forward(x, W, b, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
         floats("conv_transpose", x=x, W=W, b=b)
         _check("conv_transpose", x, W, b, groups)
+        padding = each("conv_transpose", "padding", padding, W.dim() - 2, 0)  # no name: "same" is of Conv alone
         at = _window("conv_transpose", x, W, stride, padding, dilation, groups)
         extra = each("conv_transpose", "output_padding", output_padding, len(at.kernel), 0)
         for n, k, s, p, d, e in zip(at.size, at.kernel, at.stride, at.padding, at.dilation, extra, strict=True):
@@ -135,7 +136,7 @@ class ConvTranspose(Rule):
             size = (n - 1) * s - 2 * p + d * (k - 1) + 1 + e
             if size < 1:
                 raise wrong("conv_transpose", "padding", p, f"one that leaves y a place; a size {n} becomes {size}")
-        return CONV_TRANSPOSE[len(at.kernel)](x, W, b, at.stride, at.padding, extra, groups, at.dilation)
+        return _owned(CONV_TRANSPOSE[len(at.kernel)](x, W, b, at.stride, at.padding, extra, groups, at.dilation), at)
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -173,6 +174,11 @@ def _correlate(x: Tensor, g: Tensor, at: Window) -> Tensor:
     y = torch.convolution(x, g, None, at.dilation, at.padding, at.stride, False, [0] * len(size), groups)
     y = _cropped(y, at.kernel)  # the steps of x that the stride left over
     return y.reshape(B, N, 1, *at.kernel).sum(0) if at.groups == C else y.transpose(0, 1)
+
+
+def _owned(y: Tensor, at: Window) -> Tensor:
+    """Of one sample torch returns a view, and a view made inside a rule could not be changed in place."""
+    return y.clone() if y.dim() == len(at.kernel) + 1 else y
 
 
 def _batched(t: Tensor, at: Window) -> Tensor:

@@ -20,9 +20,12 @@ class Rule:
 
     A subclass states two plain functions, written without ``self`` and made static here, and what links them:
 
-    * ``forward(*inputs) -> Tensor``: tensors first, then settings (stride, eps, ...), most with a default;
-    * ``vjp(g, *kept, needs) -> tuple``: one cotangent (or None) per tensor; ``needs[i]`` is False where nobody asks
-      for the i-th, so that it need not be computed;
+    * ``forward(*inputs) -> Tensor``: tensors, then settings (stride, eps, ...), most with a default; where tensors may
+      be any number, settings come before them;
+    * ``vjp(g, *kept, needs) -> tuple``: one cotangent (or None) per input, in their order; those left out at the end
+      have none.  ``needs[i]`` is False where nobody asks for the i-th: it is None then, and not computed.  A cotangent
+      has the shape of its input and the precision that it was computed in, that of g or wider: ``apply`` casts it to
+      the dtype of its input, nobody else does;
     * ``keeps(inputs, output, needs) -> tuple``: what the backward needs, and no more.  Tensors become autograd's saved
       tensors; whatever else stands among them (a setting, a shape) reaches ``vjp`` in its place, as it is.
 
@@ -50,7 +53,7 @@ class Rule:
 
     @classmethod
     def pull_back(cls, g: Tensor, kept: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """One cotangent (or None) per tensor among the inputs of ``forward``."""
+        """What ``vjp`` returns, from what ``keeps`` kept."""
         return cls.vjp(g, *kept, needs=needs)
 
 

@@ -13,13 +13,14 @@ v = 0 the slope is r = 1 / sqrt(eps).  Of an empty batch the sums are 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bpdiag.rules.arguments import each, floats, shaped, whole, wrong
+from bpdiag.rules.arguments import each, floats, number, shaped, whole, wrong
 from bpdiag.rules.function import Rule, wide
 
 
@@ -33,7 +34,7 @@ class BatchNorm(Rule):
 
     Raises:
         ValueError: A channel has one number in training (less its mean it is 0 whatever it was), or a shape is wrong.
-        TypeError: A dtype is wrong.
+        TypeError: A dtype is wrong, or a gradient of mean or var is asked for.
 
     Source:
         Ioffe & Szegedy 2015.
@@ -52,6 +53,7 @@ class BatchNorm(Rule):
     def forward(x, gamma, beta, mean=None, var=None, eps=1e-5):
         floats("batch_norm", mixed=True, x=x, gamma=gamma, beta=beta, mean=mean, var=var)
         _check_channels("batch_norm", x, gamma=gamma, beta=beta, mean=mean, var=var)
+        number("batch_norm", "eps", eps)
         if (mean is None) != (var is None):
             given, missing = ("mean", "var") if var is None else ("var", "mean")
             raise wrong("batch_norm", missing, None, f"a tensor as {given}, or both None (training)", TypeError)
@@ -63,6 +65,9 @@ class BatchNorm(Rule):
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
         """x and gamma; in evaluation mean for g_gamma and var, and x for g_gamma only."""
         x, gamma, _, mean, var, eps = inputs
+        for argument, needed in zip(("mean", "var"), needs[3:], strict=False):
+            if needed:
+                raise wrong("batch_norm", argument, "asked for a gradient", "a constant: detach it", TypeError)
         needs_x = needs[1] or (needs[0] and var is None)
         used = needs[0] or needs[1]
         return (
@@ -76,13 +81,15 @@ class BatchNorm(Rule):
     def vjp(g_y, x, gamma, mean, var, eps, needs=(True, True, True)):
         g, over, channel = wide(g_y), [0, *range(2, g_y.dim())], (1, -1, *[1] * (g_y.dim() - 2))
         gamma = 1 if gamma is None else wide(gamma).reshape(channel)
-        g_beta, g_gamma, g_x = g.sum(over, keepdim=True), None, None
+        g_gamma = g_x = None
+        g_beta = g.sum(over, keepdim=True) if needs[2] or (needs[0] and var is None) else None
         if var is None and (needs[0] or needs[1]):
             xn, r = _standardized(x, over, eps)
+            r = r if g.numel() else torch.zeros_like(r)  # of no numbers the mean is nan
             g_gamma = (g * xn).sum(over, keepdim=True)
             if needs[0]:
-                per = gamma / math.prod(g.shape[d] for d in over) if g.numel() else 0
-                g_x = _pulled(g, xn, r, gamma, per * g_beta, per * g_gamma)
+                per = gamma / (math.prod(g.shape[d] for d in over) or 1)
+                g_x = _pulled(g, xn, r, gamma * r, per * g_beta, per * g_gamma)
         elif needs[0] or needs[1]:
             r = torch.rsqrt(wide(var) + eps).reshape(channel)
             g_x = gamma * r * g if needs[0] else None
@@ -117,7 +124,8 @@ def running_statistics(
     if momentum is None:
         if batches is None:
             raise wrong("running_statistics", "batches", None, "their number, as momentum is None", TypeError)
-        momentum = 1 / float(batches)
+        momentum = 1 / whole("running_statistics", "batches", batches)
+    number("running_statistics", "momentum", momentum)
     over, n = [0, *range(2, x.dim())], x.numel() // max(x.shape[1], 1)
     if n == 1:
         raise wrong("running_statistics", "x", x, "more than one number for each channel")
@@ -154,6 +162,7 @@ class GroupNorm(Rule):
     def forward(x, gamma, beta, num_groups, eps=1e-5):
         floats("group_norm", mixed=True, x=x, gamma=gamma, beta=beta)
         _check_channels("group_norm", x, gamma=gamma, beta=beta)
+        number("group_norm", "eps", eps)
         if 0 in x.shape[1:]:
             raise wrong("group_norm", "x", x, "no size 0 but the batch's")
         if x.shape[1] % whole("group_norm", "num_groups", num_groups):
@@ -172,14 +181,14 @@ class GroupNorm(Rule):
         B, C, *places = g_y.shape
         split = (B, num_groups, C // num_groups, math.prod(places))
         g = wide(g_y).reshape(split)
-        g_sum, gxn_sum, g_x = g.sum(3, keepdim=True), None, None
+        g_sum, gxn_sum, g_x = g.sum(3, keepdim=True) if needs[0] or needs[2] else None, None, None
         if needs[0] or needs[1]:
             xn, r = _standardized(x.reshape(split), (2, 3), eps)
             gxn_sum = (g * xn).sum(3, keepdim=True)
         if needs[0]:
             gamma = 1 if gamma is None else wide(gamma).reshape(num_groups, -1, 1)
             h, hxn = [(gamma * t).sum(2, keepdim=True) / (split[2] * split[3]) for t in (g_sum, gxn_sum)]
-            g_x = _pulled(g, xn, r, gamma, h, hxn).reshape(g_y.shape)
+            g_x = _pulled(g, xn, r, gamma * r, h, hxn).reshape(g_y.shape)
         return g_x, gxn_sum.sum(0).reshape(-1) if needs[1] else None, g_sum.sum(0).reshape(-1) if needs[2] else None
 
 
@@ -208,9 +217,13 @@ class InstanceNorm(Rule):
     def forward(x, gamma, beta, eps=1e-5):
         floats("instance_norm", mixed=True, x=x, gamma=gamma, beta=beta)
         _check_channels("instance_norm", x, gamma=gamma, beta=beta)
+        number("instance_norm", "eps", eps)
+        if not x.shape[1]:
+            raise wrong("instance_norm", "x", x, "a channel or more")
         if math.prod(x.shape[2:]) == 1:
             raise wrong("instance_norm", "x", x, "more than one place for each channel")
-        return functional.instance_norm(x, None, None, gamma, beta, eps=eps)
+        y = functional.instance_norm(x, None, None, gamma, beta, eps=eps)
+        return y.clone()  # torch's is a view, and one made here could not be changed in place
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -247,6 +260,7 @@ class LayerNorm(Rule):
     def forward(x, gamma, beta, normalized_shape=None, eps=1e-5):
         floats("layer_norm", mixed=True, x=x, gamma=gamma, beta=beta)
         shape = _last("layer_norm", x, gamma, normalized_shape)
+        number("layer_norm", "eps", eps)
         shaped("layer_norm", "beta", beta, shape, "a number for each that is normalized")
         return functional.layer_norm(x, shape, gamma, beta, eps)
 
@@ -265,9 +279,8 @@ class LayerNorm(Rule):
             gxn = g * xn
             g_gamma = _summed(gxn, batch) if needs[1] else None
         if needs[0]:
-            gamma = 1 if gamma is None else wide(gamma)
-            h = gamma * g
-            g_x = _pulled(h, xn, r, 1, h.mean(over, keepdim=True), (gamma * gxn).mean(over, keepdim=True))
+            h, hxn = (g, gxn) if gamma is None else (wide(gamma) * g, wide(gamma) * gxn)
+            g_x = _pulled(h, xn, r, r, h.mean(over, keepdim=True), hxn.mean(over, keepdim=True))
         return g_x, g_gamma, _summed(g, batch) if needs[2] else None
 
 
@@ -296,6 +309,8 @@ class RMSNorm(Rule):
     def forward(x, gamma, normalized_shape=None, eps=None):
         floats("rms_norm", mixed=True, x=x, gamma=gamma)
         shape = _last("rms_norm", x, gamma, normalized_shape)
+        if eps is not None:
+            number("rms_norm", "eps", eps)
         y = functional.rms_norm(wide(x), shape, None if gamma is None else wide(gamma), _spacing(x, eps))
         return y.to(x.dtype)
 
@@ -327,9 +342,9 @@ def _standardized(x: Tensor, over: Any, eps: float) -> tuple[Tensor, Tensor]:
     return centered * r, r
 
 
-def _pulled(g: Tensor, xn: Tensor, r: Tensor, gamma: Any, h: Tensor, hxn: Tensor) -> Tensor:
-    """g_x = r (gamma g - h - xn hxn), with h and hxn the means; two passes over the numbers."""
-    return torch.addcmul(torch.addcmul(-r * h, xn, -r * hxn), g, r * gamma)
+def _pulled(g: Tensor, xn: Tensor, r: Tensor, slope: Tensor, h: Tensor, hxn: Tensor) -> Tensor:
+    """g_x = slope g - r (h + xn hxn), with h and hxn the means and slope gamma r; two passes over the numbers."""
+    return torch.addcmul(torch.addcmul(-r * h, xn, -r * hxn), g, slope)
 
 
 def _summed(t: Tensor, over: list[int]) -> Tensor:
@@ -350,7 +365,7 @@ def _last(rule: str, x: Tensor, gamma: Tensor | None, shape: Any) -> tuple[int, 
         if gamma is None:
             raise wrong(rule, source, None, "the last sizes of x, or gamma, which has them", TypeError)
         source, shape = "gamma", tuple(gamma.shape)
-    shape = each(rule, source, shape, 1 if isinstance(shape, int) else len(shape), 0)
+    shape = each(rule, source, shape, len(shape) if isinstance(shape, Sequence) else 1, 0)
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
         raise wrong(rule, source, shape, f"the last sizes of x {tuple(x.shape)}")
     shaped(rule, "gamma", gamma, shape, "a number for each that is normalized")

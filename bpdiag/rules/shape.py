@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpdiag.rules.arguments import one_of, tensor, whole, wrong
+from bpdiag.rules.arguments import floats, number, one_of, tensor, whole, wrong
 from bpdiag.rules.function import Rule, wide
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
@@ -51,10 +51,11 @@ class Pad(Rule):
             return (None,)
         if mode == "constant":
             return (nn.functional.pad(g_y, [-p for p in pad]),)
+        g = wide(g_y)
         for i in range(0, len(pad), 2):
             if pad[i] or pad[i + 1]:
-                g_y = _folded(g_y, g_y.dim() - 1 - i // 2, pad[i], pad[i + 1], mode)
-        return (g_y,)
+                g = _folded(g, g.dim() - 1 - i // 2, pad[i], pad[i + 1], mode)
+        return (g,)
 
 
 def _folded(g: Tensor, dim: int, left: int, right: int, mode: str) -> Tensor:
@@ -99,7 +100,8 @@ def check_pads(rule: str, argument: str, pad: Any, x: Tensor, mode: str) -> None
 class Flatten(Rule):
     """y is x with dimensions ``start_dim`` to ``end_dim`` as one,  g_x = g_y in the shape of x.
 
-    Keeps that shape and no tensor.  y is a view of x where torch's own flatten is one.
+    Keeps that shape and no tensor.  y is a copy, where torch's own flatten may be a view: what is then done to y in
+    place does not reach x.
 
     Example:
         >>> Flatten.apply(torch.zeros(2, 3, 4)).shape
@@ -116,7 +118,7 @@ class Flatten(Rule):
                 raise wrong("flatten", argument, dim, f"a dimension of x {tuple(x.shape)}")
         if start_dim % dims > end_dim % dims:
             raise wrong("flatten", "start_dim", start_dim, f"no dimension after end_dim {end_dim}")
-        return torch.flatten(x, start_dim, end_dim)
+        return torch.flatten(x, start_dim, end_dim).clone()  # a view made here could not be changed in place
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -145,8 +147,7 @@ class Concat(Rule):
     def forward(dim, *tensors):
         if not tensors:
             raise wrong("concat", "tensors", "()", "at least one")
-        for k, t in enumerate(tensors):
-            tensor("concat", f"tensor {k}", t)
+        floats("concat", **{f"tensor {k}": t for k, t in enumerate(tensors)})
         first = tensors[0]
         if not -first.dim() <= whole("concat", "dim", dim, None) < first.dim():
             raise wrong("concat", "dim", dim, f"a dimension of tensor 0 {tuple(first.shape)}")
@@ -155,8 +156,6 @@ class Concat(Rule):
                 raise wrong(
                     "concat", f"tensor {k}", t, f"the shape of tensor 0 {tuple(first.shape)} but along dim {dim}"
                 )
-            if t.device != first.device:
-                raise wrong("concat", f"tensor {k}", t, f"it on {first.device}, where tensor 0 is")
         return torch.cat(tensors, dim)
 
     @classmethod
@@ -186,18 +185,12 @@ class Add(Rule):
     name = "add"
 
     def forward(a, f, beta=1.0):
-        tensor("add", "a", a)
-        tensor("add", "f", f)
+        floats("add", a=a, f=f, beta=beta if isinstance(beta, Tensor) else None)
         if f.shape != a.shape:
             raise wrong("add", "f", f, f"shape {tuple(a.shape)}, that of a")
-        if f.device != a.device:
-            raise wrong("add", "f", f, f"it on {a.device}, where a is")
         if not isinstance(beta, Tensor):
-            if isinstance(beta, bool) or not isinstance(beta, int | float):
-                raise wrong("add", "beta", repr(beta), "a number or a tensor", TypeError)
+            number("add", "beta", beta, "a number or a tensor")
             return torch.add(a, f, alpha=beta)
-        if beta.device != a.device:
-            raise wrong("add", "beta", beta, f"it on {a.device}, where a is")
         if not _fits(beta.shape, f.shape):
             raise wrong("add", "beta", beta, f"a shape that broadcasts to {tuple(f.shape)}, that of f")
         return a + beta * f
@@ -238,8 +231,7 @@ class Dropout(Rule):
             raise wrong("dropout", "mask", mask, f"a shape that broadcasts to {tuple(x.shape)}, that of x")
         if mask.device != x.device:
             raise wrong("dropout", "mask", mask, f"it on {x.device}, where x is")
-        if isinstance(p, bool) or not isinstance(p, int | float):
-            raise wrong("dropout", "p", repr(p), "a number from 0 to 1", TypeError)
+        number("dropout", "p", p, "a number from 0 to 1")
         if not 0 <= p <= 1:
             raise wrong("dropout", "p", p, "a number from 0 to 1")
         return Dropout.vjp(x, mask, p)[0]  # linear and its own transpose
@@ -300,7 +292,7 @@ class Embedding(Rule):
             g_y = g_y.masked_fill((index == padding_idx).unsqueeze(-1), 0)
         rows = wide(g_y).reshape(index.numel(), g_y.shape[-1])
         g_W = rows.new_zeros(V, rows.shape[-1]).index_add(0, index.reshape(-1), rows)
-        return None, g_W.to(g_y.dtype)
+        return None, g_W
 
 
 def _fits(shape: torch.Size, target: torch.Size) -> bool:
