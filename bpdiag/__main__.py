@@ -213,6 +213,7 @@ def _train(arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from bpdiag.launcher import TELLS, JobsFailedError, job_folder
 
@@ -231,7 +232,7 @@ def _train(arguments: list[str]) -> int:
         except JobsFailedError as error:
             print(f"bpdiag: {error}", file=sys.stderr)
             return 1
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise UsageError(_in_short(error)) from error
         except (UsageError, BrokenPipeError):
             raise
@@ -314,6 +315,8 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
+    if config_dir is not None and not says_yes(Path(config_dir).is_dir):
+        raise UsageError(f"--config-dir {config_dir}: no such folder; it holds your own experiment/NAME.yaml")
     with initialize_config_dir(str(conf()), version_base="1.3", job_name="bpdiag"):
         for word in overrides:
             if "=" not in word and not word.startswith("~"):
@@ -394,7 +397,9 @@ def _check_key(override: Any, config_dir: str | None) -> None:
     if override.is_delete():
         raise UsageError(f"{override.input_line}: no key can be taken away; give it a value")
     groups = [group for group in loader.list_groups("") if group != "hydra"]
-    if key in groups and not override.is_sweep_override() and override.value() is not None:
+    if key in groups and override.is_sweep_override():
+        raise UsageError(f"{override.input_line}: one {key} at a time; each has a grid of its own")
+    if key in groups and override.value() is not None:
         theirs = [path.stem for path in (Path(config_dir) / key).glob("*.yaml")] if config_dir else []
         choose(key, str(override.value()), [*loader.get_group_options(key), *theirs])
     inside = [k for k in known if k.startswith(f"{key}.")]
@@ -408,12 +413,18 @@ def _check_key(override: Any, config_dir: str | None) -> None:
 
 
 def _in_short(error: BaseException) -> str:
-    """Hydra's and OmegaConf's words on two lines at the most."""
+    """Hydra's, OmegaConf's and YAML's words on one line: which file, which key, what is wrong with it."""
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
     key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
-    if key:
-        return lines[0] if key in lines[0] else f"{key}: {lines[0]}"
-    return "; ".join(line for line in lines[:2] if not line.endswith(":"))
+    file = re.match(r"In '(.+)': \w+ raised while composing config:$", lines[0])
+    if not file:
+        return (f"{key}: " if key and key not in lines[0] else "") + (lines[0] if key else "; ".join(lines[:3]))
+    name, what = file[1], lines[1]
+    if what.startswith("Key ") and key == name.partition("/")[0]:
+        return f"{name}.yaml: its first line must be '# @package _global_', else its keys are taken for those of {key}"
+    if what.startswith("Key "):
+        return f"{name}.yaml: {key}: unknown key; {nearest(key, flat(Config()))}"
+    return f"{name}.yaml: {key}: {what}"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ MNIST: dict[str, tuple[str, tuple[int, ...]]] = {
     ),
     "t10k-labels-idx1-ubyte": ("ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", (10_000,)),
 }
+FAINTEST = 0.05  # of the way from black to white: less is no ink
+MIDDLE = 14  # of the places 0 to 27: the published digits have their center of mass there, within half a place
+PAPER = 0.25  # of the darkest ink: less is paper, its grain and the shade over it
 WAY_OUT = "leave data.root out to use the embedded MNIST"
 
 
@@ -79,6 +82,7 @@ RELATIVES = {
     ),
 }
 DATASETS = ("mnist", *RELATIVES)
+FRAMED = ("mnist", "emnist-digits")  # their pictures were framed by the ink: see framed()
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,50 @@ def _load(name: str, root: str, split_seed: int, device: str, dtype: torch.dtype
         shape=(1, *images.shape[1:]) if images.ndim == 3 else images.shape[1:],
         names=RELATIVES[name].classes if name in RELATIVES else DIGITS,
     )
+
+
+def framed(grey: np.ndarray) -> np.ndarray:
+    """A picture of one digit as NIST's were framed: ink white on black, in a box of 20 pixels, centered.
+
+    The paper is what the border shows; ink is what differs from it, stretched to 1.  Size, place, margin and shade of
+    the picture do not matter then.
+
+    Args:
+        grey: (H, W) in [0, 1].
+
+    Returns:
+        (28, 28) in [0, 1].
+
+    Raises:
+        UsageError: It shows one shade: nothing is drawn.
+
+    Source:
+        LeCun et al. 1998, section III.A.
+
+    Example:
+        >>> paper = np.ones((50, 90))
+        >>> paper[10:30, 60:64] = 0.4  # a grey stroke, high up on the right
+        >>> stroke = framed(paper)
+        >>> np.argwhere(stroke == stroke.max())[[0, -1]].tolist()
+        [[4, 12], [23, 15]]
+    """
+    from PIL import Image
+
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    ink = np.abs(grey - np.median(border))
+    if ink.max() < FAINTEST:
+        raise UsageError("nothing is drawn in it: it shows one shade")
+    ink = ink / ink.max()
+    rows, columns = (np.flatnonzero((ink > PAPER).any(axis)) for axis in (1, 0))
+    box = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = (max(1, round(n * 20 / max(box.shape))) for n in box.shape)
+    small = Image.fromarray(np.rint(box * 255).astype(np.uint8)).resize((width, height), Image.Resampling.LANCZOS)
+    digit = np.asarray(small) / 255
+    down, right = (float((np.indices(digit.shape)[k] * digit).sum() / digit.sum()) for k in (0, 1))
+    top, left = (min(max(round(MIDDLE - center), 0), 28 - n) for center, n in ((down, height), (right, width)))
+    out = np.zeros((28, 28))
+    out[top : top + height, left : left + width] = digit
+    return out
 
 
 # ---- through torchvision ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -193,6 +194,9 @@ class Trace:
             raise TraceError(f"{run}: {'a file, not a run folder' if says_yes(run.exists) else 'no such folder'}")
         here = run / "trace" if (run / "trace").is_dir() else run
         if not (here / "meta.json").is_file():
+            inside = next(chain(run.glob("*/trace/meta.json"), run.glob("*/*/trace/meta.json")), None)
+            if inside:
+                raise TraceError(f"{run}: a folder of runs, not a run; take one of them, as {inside.parent.parent}")
             raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")
         try:
             # the layer table last: a run still going on only adds to it

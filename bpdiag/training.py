@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from bpdiag.config import (
     WatchConfig,
     check_ranges,
     choose,
+    says_yes,
 )
 from bpdiag.dashboard import pictures
 from bpdiag.diagnosis import Finding, diagnose
@@ -289,26 +291,33 @@ class Kept:
     def classify(self, picture: str | os.PathLike[str]) -> int:
         """The class of a picture of one digit: any format and size that Pillow reads.  ``names`` has its name.
 
-        It is brought to the size and colours of the training pictures.  Grey ones are white on black: a picture with a
-        light border is inverted.
+        A digit is framed as the training digits were (``data.framed``), wherever it stands and whatever the paper; of
+        the other data sets a picture is brought to the size and colours of theirs, a grey one with a light border
+        inverted.
 
         Raises:
-            UsageError: It is no picture.
+            UsageError: It is no picture, or an empty one.
         """
         from PIL import Image, UnidentifiedImageError
 
+        channels, height, width = self.shape
         try:
-            channels, height, width = self.shape
             read = Image.open(picture).convert("L" if channels == 1 else "RGB")
-            read = read.resize((width, height), Image.Resampling.LANCZOS)
         except (OSError, UnidentifiedImageError) as error:
             raise UsageError(f"{picture}: not a picture that can be read: {error}") from error
-        x = torch.tensor(list(read.tobytes()), dtype=torch.float64).view(height, width, channels) / 255
-        border = torch.cat([x[0], x[-1], x[:, 0], x[:, -1]])
-        x = 1 - x if channels == 1 and border.mean() > 0.5 else x
-        x = x.permute(2, 0, 1)
+        if self.config.data.name in data.FRAMED:
+            try:
+                pixels = data.framed(np.asarray(read) / 255)[None]
+            except UsageError as error:
+                raise UsageError(f"{picture}: {error}") from error
+        else:
+            read = read.resize((width, height), Image.Resampling.LANCZOS)
+            pixels = (np.asarray(read) / 255).reshape(height, width, channels).transpose(2, 0, 1)
+            border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
+            pixels = 1 - pixels if channels == 1 and border.mean() > 0.5 else pixels
         weight = next(self.model.parameters())
-        return int(self.model(((x - self.mean) / self.std).reshape(1, -1).to(weight)).argmax())
+        x = torch.from_numpy((pixels - self.mean) / self.std).reshape(1, -1).to(weight)
+        return int(self.model(x).argmax())
 
 
 def load(run: str | os.PathLike[str]) -> Kept:
@@ -318,6 +327,8 @@ def load(run: str | os.PathLike[str]) -> Kept:
         UsageError: The folder holds none, or it cannot be read.
     """
     path = Path(run) / "model.pt"
+    if not says_yes(Path(run).is_dir):
+        raise UsageError(f"{run}: no such folder")
     if not path.is_file():
         raise UsageError(f"{run}: no model.pt here; a finished run folder holds one")
     try:

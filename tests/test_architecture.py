@@ -23,7 +23,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "statistics": (set(), {"torch"}),
     # subjects
     "model": ({"rules"}, {"torch"}),
-    "data": (set(), {"numpy", "torch", "torchvision"}),
+    "data": (set(), {"numpy", "torch", "torchvision", "PIL"}),
     # measuring
     "hooks": ({"rules", "statistics"}, {"torch"}),
     # judging
@@ -37,7 +37,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
     "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),
-    "training": ({"session", "model", "data", "rules", "diagnosis", "dashboard"}, {"torch", "PIL"}),
+    "training": ({"session", "model", "data", "rules", "diagnosis", "dashboard"}, {"torch", "numpy", "PIL"}),
     "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
@@ -51,7 +51,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
             "bridge",
             "__init__",
         },
-        {"hydra", "omegaconf"},
+        {"hydra", "omegaconf", "yaml"},
     ),
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }

@@ -401,3 +401,71 @@ def test_a_damaged_relative_is_refused(tmp_path, monkeypatch):
     assert f"data.name=kmnist: {tmp_path}/KMNIST/raw/" in message
     assert "cannot be read" in message
     assert "download" not in message  # none was tried
+
+
+# ---- framing ----
+
+
+def canvas(digit, height, width, top, left):
+    """A digit of the data set on a larger black sheet."""
+    sheet = np.zeros((height, width))
+    sheet[top : top + 28, left : left + 28] = digit
+    return sheet
+
+
+def cropped(digit):
+    rows, columns = (np.flatnonzero((digit > 0.1).any(axis)) for axis in (1, 0))
+    return digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def photographed(digit):
+    """Ink on grey paper, with the grain of a sensor."""
+    return np.clip(
+        0.7 - 0.5 * canvas(digit, 60, 60, 10, 20) + np.random.default_rng(0).normal(0, 0.015, (60, 60)), 0, 1
+    )
+
+
+FORMS = {
+    "as it is": lambda digit: digit,
+    "ink on paper": lambda digit: 1 - digit,
+    "twice as large": lambda digit: digit.repeat(2, 0).repeat(2, 1),
+    "wide margin": lambda digit: canvas(digit, 84, 84, 28, 28),
+    "no margin": cropped,
+    "wide sheet": lambda digit: canvas(digit, 28, 60, 0, 16),
+    "in a corner": lambda digit: canvas(digit, 60, 60, 0, 0),
+    "grey paper": lambda digit: 0.67 - 0.5 * digit,
+    "photographed": photographed,
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Test digits as they were published: framed by NIST's procedure."""
+    mnist = data.load(DataConfig())
+    return (mnist.test.x[:40] * mnist.std + mnist.mean).view(-1, 28, 28).numpy()
+
+
+def away(form, digits, move=0):
+    """Mean distance of the framed forms from the digits as they were published."""
+    return float(np.mean([np.abs(np.roll(data.framed(form(digit)), move, 0) - digit).mean() for digit in digits]))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_framing_gives_back_the_published_digit_whatever_was_made_of_it(form, digits):
+    """Oracle: NIST's own framing.  A blank picture is .12 away."""
+    assert away(form, digits) < 0.02
+
+
+def test_a_published_digit_is_framed_already_but_for_its_faintest_rim(digits):
+    assert all(np.abs(data.framed(digit) - digit).max() < data.PAPER for digit in digits)
+    assert sum(np.allclose(data.framed(digit), digit, atol=1e-6) for digit in digits) >= 20
+
+
+def test_a_digit_framed_a_place_off_would_be_seen(digits):
+    assert away(FORMS["as it is"], digits, move=1) > 0.05
+
+
+@pytest.mark.parametrize("shade", [0.0, 0.4, 1.0])
+def test_an_empty_sheet_is_no_digit(shade):
+    with pytest.raises(UsageError, match="nothing is drawn"):
+        data.framed(np.full((30, 40), shade))

@@ -234,6 +234,15 @@ def test_line(name):
     assert kinds(build()) == expected
 
 
+def test_why_is_told_by_the_rule_that_found_it():
+    """1/T is a limit of SGD's; Adam's finding rests on the loss."""
+    assert "over 2,345 steps a layer must receive 10^−3.4 or more" in only(by(-3.5, planned=2345)).why
+    assert (
+        "the loss stands at 2.3 while so little comes this far"
+        in only(by(-3.5, planned=2345, adam=True, loss=stuck)).why
+    )
+
+
 MOVED = [  # (threshold, moved to, the lines that must turn red)
     ("harm.LUCK", 0.5, "luck"),
     ("harm.LUCK", 1.2, "beyond luck"),

@@ -179,6 +179,12 @@ BAD = [
     (["model.depth=[1"], "Hydra cannot read it (no viable alternative at input '[1')"),
     (["experiment=sick", "--config-dir", "own"], "expect.over=median: unknown; known: mean, spread"),
     (["experiment=typo", "--config-dir", "own"], "did you mean 'test_accuracy'"),
+    (["experiment=headless", "--config-dir", "own"], "its first line must be '# @package _global_'"),
+    (["experiment=key", "--config-dir", "own"], "model.dept: unknown key; did you mean 'model.depth'?"),
+    (["experiment=word", "--config-dir", "own"], "experiment/word.yaml: model.depth: Value 'three'"),
+    (["experiment=half", "--config-dir", "own"], "half.yaml"),
+    (["experiment=key", "--config-dir", "absent"], "--config-dir absent: no such folder"),
+    (["-m", "experiment=vanishing,width"], "one experiment at a time"),
     (["hydra.launcher.nonsuch=1"], "nonsuch"),
     (["nonsense"], "unknown command"),
     (["diagnoze", "x"], "did you mean 'diagnose'"),
@@ -223,13 +229,17 @@ def half_a_run(folder):
 
 
 def experiments_of_ones_own(folder):
-    """Two whose expectations cannot be held against anything."""
+    """Each with one mistake: in what it expects, or in its keys, or in its YAML."""
     (folder / "experiment").mkdir(parents=True)
-    for name, asked in (
-        ("sick", "{what: test_accuracy, over: median, equals: '1'}"),
-        ("typo", "{what: tets_accuracy, equals: '1'}"),
+    for name, text in (
+        ("sick", "# @package _global_\nexpect:\n  - {what: test_accuracy, over: median, equals: '1'}"),
+        ("typo", "# @package _global_\nexpect:\n  - {what: tets_accuracy, equals: '1'}"),
+        ("headless", "model:\n  depth: 3"),
+        ("key", "# @package _global_\nmodel:\n  dept: 3"),
+        ("word", "# @package _global_\nmodel:\n  depth: three"),
+        ("half", "# @package _global_\nmodel: ["),
     ):
-        (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\nexpect:\n  - {asked}\n")
+        (folder / "experiment" / f"{name}.yaml").write_text(f"{text}\n")
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a)[:60] for a, _ in BAD])

@@ -373,6 +373,13 @@ def test_no_trace(tmp_path):
         Trace.load(tmp_path)
 
 
+@pytest.mark.parametrize("depth", ["sweep/job", "all/sweep/job"])
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path, depth):
+    full().save(tmp_path / depth)
+    with pytest.raises(TraceError, match=f"a folder of runs, not a run; take one of them, as .*{depth}$"):
+        Trace.load(tmp_path / depth.partition("/")[0])
+
+
 def test_a_run_from_before_a_column_existed(tmp_path):
     """Adding a column is free: an old trace has it, all null."""
     here = full().save(tmp_path)

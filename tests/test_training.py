@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from bpdiag import data, training
 from bpdiag.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, UsageError, WatchConfig
@@ -162,8 +163,6 @@ def test_gain_and_cause_at_the_first_step_are_the_theorys(activation, weight_var
 
 
 def test_what_is_kept_classifies_pictures(tmp_path):
-    from PIL import Image
-
     result = training.train(Config(training=TrainingConfig(steps=300)), tmp_path / "run")
     kept = training.load(tmp_path / "run")
     assert kept.config == result.config
@@ -179,6 +178,8 @@ def test_what_is_kept_classifies_pictures(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
+    with pytest.raises(UsageError, match="absent: no such folder"):
+        training.load(tmp_path / "absent")
     with pytest.raises(UsageError, match=r"no model\.pt here"):
         training.load(tmp_path)
     (tmp_path / "model.pt").write_bytes(b"nonsense")
@@ -187,4 +188,7 @@ def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
     training.train(small(steps=1), tmp_path / "run")
     (tmp_path / "digit.png").write_text("no picture")
     with pytest.raises(UsageError, match="not a picture"):
+        training.load(tmp_path / "run").classify(tmp_path / "digit.png")
+    Image.new("L", (40, 40), 250).save(tmp_path / "digit.png")
+    with pytest.raises(UsageError, match=r"digit\.png: nothing is drawn"):
         training.load(tmp_path / "run").classify(tmp_path / "digit.png")

@@ -66,6 +66,7 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
         "planned_steps_given": float(p.trace.meta.get("planned_steps") is not None),
         "gain_per_layer": gain,
         "travel": travel,
+        "sgd_like": float(p.sgd_like),
         "loss": float(p.losses[at]),
         "step": float(p.steps[at]),
         **evidence,
@@ -125,6 +126,8 @@ def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: 
     elif evidence["travel"] < LEAST_TRAVEL:
         most = f"by at most {evidence['travel']:.1g} of itself" if evidence["travel"] > 0 else "not at all"
         limit = f"over {planned:,} steps this layer can move its output {most}"
+    elif not evidence["sgd_like"]:
+        limit = f"the loss stands at {evidence['loss']:.3g} while so little comes this far"
     else:
         limit = f"over {planned:,} steps a layer must receive 10^{real(-math.log10(planned))} or more to learn"
     if not ranked:
