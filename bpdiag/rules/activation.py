@@ -74,7 +74,7 @@ class Activation(Rule):
         cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """(g_z,)."""
-        return (cls.vjp(g, *kept),)
+        return (cls.vjp(g, *kept) if needs[0] else None,)
 
     @classmethod
     def slope(cls, kept: Tensor, *learned: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class Prelu(Activation):
     def pull_back(cls, g: Tensor, kept: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """(g_z, g_p); None where not asked for, as g_p is where p is a number."""
         z, p = kept
-        (g_z,) = super().pull_back(g, kept, needs) if needs[0] else (None,)
+        (g_z,) = super().pull_back(g, kept, needs)
         # not g times min(z, 0): inf * 0 is nan
         g_p = _to_channels(torch.where(z > 0, 0, g * z), p) if needs[1] else None
         return g_z, g_p
