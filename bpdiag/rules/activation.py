@@ -18,11 +18,13 @@ Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bpdiag.rules.arguments import floats, number, wrong
 from bpdiag.rules.function import Rule
 
 RELU_KIND = 1 / math.sqrt(2)
@@ -46,6 +48,11 @@ class Activation(Rule):
     settings: ClassVar[dict[str, Any]] = {}  # the oracle's arguments that make it this function
     node_settings: ClassVar[dict[str, Any]]  # what its node saved of them; the settings unless said
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__:
+            cls.apply = staticmethod(_checked(cls.name, cls.apply))
+
     @classmethod
     def is_done_by(cls, module: nn.Module) -> bool:
         """Whether a module of torch computes exactly this function."""
@@ -67,7 +74,7 @@ class Activation(Rule):
         cls, g: Tensor, kept: tuple[Tensor | None, ...], needs: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         """(g_z,)."""
-        return (cls.vjp(g, *kept),)
+        return (cls.vjp(g, *kept) if needs[0] else None,)
 
     @classmethod
     def slope(cls, kept: Tensor, *learned: Tensor) -> Tensor:
@@ -78,6 +85,16 @@ class Activation(Rule):
             tensor([1.0000, 0.7500])
         """
         return cls.vjp(torch.ones_like(kept), kept, *learned)
+
+
+def _checked(name: str, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``apply`` for a tensor of real numbers; no shape and no device is wrong for an elementwise rule."""
+
+    def call(z: Tensor, *learned: Any, **named: Any) -> Tensor:
+        floats(name, z=z)
+        return apply(z, *learned, **named)
+
+    return call
 
 
 class Identity(Activation):
@@ -177,7 +194,14 @@ class Prelu(Activation):
     node = "PreluKernelBackward0"
 
     def forward(z, p=0.25):
-        return nn.functional.prelu(z, p if isinstance(p, Tensor) else z.new_full((1,), p))
+        if not isinstance(p, Tensor):
+            number("prelu", "p", p, "a number or a tensor")
+            p = z.new_full((1,), p)
+        floats("prelu", z=z, p=p)
+        channels = z.shape[1] if z.dim() > 1 else 1
+        if p.dim() > 1 or p.numel() not in (1, channels):
+            raise wrong("prelu", "p", p, f"a number, or one for each of the {channels} channels of z")
+        return nn.functional.prelu(z, p)
 
     def vjp(g_a, z, p=0.25):
         return torch.where(z > 0, g_a, _by_channel(p, z) * g_a)
@@ -191,7 +215,7 @@ class Prelu(Activation):
     def pull_back(cls, g: Tensor, kept: tuple[Any, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """(g_z, g_p); None where not asked for, as g_p is where p is a number."""
         z, p = kept
-        (g_z,) = super().pull_back(g, kept, needs) if needs[0] else (None,)
+        (g_z,) = super().pull_back(g, kept, needs)
         # not g times min(z, 0): inf * 0 is nan
         g_p = _to_channels(torch.where(z > 0, 0, g * z), p) if needs[1] else None
         return g_z, g_p
