@@ -8,7 +8,8 @@ from torch import nn
 
 from bpdiag import data
 from bpdiag.config import DataConfig, ModelConfig, UsageError
-from bpdiag.model import INITIALIZERS, build
+from bpdiag.initialization import INITIALIZERS
+from bpdiag.model import build
 from bpdiag.rules import ACTIVATIONS, RULES
 from bpdiag.session import watch
 
