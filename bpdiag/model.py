@@ -26,7 +26,7 @@ RESIDUALS = ("none", "identity")
 NORMALIZATIONS = ("none", "layer", "batch")
 PER_BLOCK = "1/sqrt(blocks)"
 LEAST_DEPTH = 3  # of a residual net: first layer, a block, head; of a convolutional one: two convolutions, head
-CHANNELS, KERNEL, POOL = (16, 32), 5, 2  # of the two convolutions, and of the pool above each
+CHANNELS, PADDING, KERNEL, POOL = (16, 32), (2, 0), 5, 2  # of the two convolutions, and of the pool above each
 
 
 class Layers:
@@ -109,7 +109,7 @@ def cnn(config: ModelConfig, shape: tuple[int, ...], n_out: int, seed: int) -> n
             f"model.name=cnn: the pictures have {' x '.join(map(str, size))} places; it needs {least} x {least} or "
             "more; model.name=mlp takes any"
         )
-    for wide, padding in zip(CHANNELS, (KERNEL // 2, 0), strict=True):
+    for wide, padding in zip(CHANNELS, PADDING, strict=True):
         layers.begin("conv", skip_init(layers.kit.conv, channels, wide, KERNEL, padding=padding))
         channels, size = wide, [n + 2 * padding - KERNEL + 1 for n in size]
         layers.activate(channels, *size)

@@ -43,7 +43,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """In training m and v are the batch's, and the running ones follow them; in evaluation they are the running ones."""
+    """In training m and v of the batch, which the running ones follow; in evaluation the running ones."""
     mean, var, seen = module.running_mean, module.running_var, module.num_batches_tracked
     assert mean is not None
     assert var is not None
