@@ -130,7 +130,7 @@ class Sample:
 
     step: int
     layers: Sequence[Layer]  # the whole table so far
-    rows: list[tuple[int, int, dict[str, float]]]  # (backward, index into layers, column -> value)
+    rows: list[tuple[int, int, dict[str, Any]]]  # (backward, index into layers, column -> value)
     losses: list[tuple[int, float]]  # of all steps since the last sample
     learning_rate: float | None = None
     missing: list[tuple[int, str, str]] = field(default_factory=list)  # (index into layers, column, reason)
@@ -152,7 +152,8 @@ class Sink(Protocol):
 class Trace:
     """A run's measurements in memory.
 
-    ``table`` has KEYS and every column of COLUMNS (float64, null where missing); ``steps`` has step, loss and
+    ``table`` has KEYS, every column of COLUMNS (float64, null where missing), and edge_gain, one number for each of the
+    layer's ``parents`` (see ``edges``); ``steps`` has step, loss and
     learning_rate; ``meta`` has what a judge must know: optimizer, planned_steps, every, provenance.
     """
 
@@ -259,6 +260,22 @@ class Trace:
         """
         return self.once(("column", name), lambda: self._column(name))
 
+    def edges(self, at: int) -> dict[tuple[int, int], float]:
+        """(reader, parent) -> |v| / |g|: what that edge of the graph carries of the reader's own cotangent.
+
+        Of the ``at``-th sampled step and its first backward, where measured: the edges of rows that read a place which
+        others read too.  Where the parent's output went through a function first, v is meant behind it.
+        """
+        (steps, lines), rows = self.once("places", self._places)
+        here = np.flatnonzero(steps == at)
+        told = self.table["edge_gain"].combine_chunks().take(rows.take(pa.array(here))).to_pylist()
+        return {
+            (int(line), parent): gain
+            for line, gains in zip(lines[here], told, strict=True)
+            for parent, gain in zip(self.layers[line].parents, gains or (), strict=False)
+            if gain is not None
+        }
+
     def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         at, rows = self.once("places", self._places)
         values = np.full((len(self.sampled_steps), len(self.layers)), np.nan)
@@ -292,6 +309,7 @@ class Trace:
 _ROWS = pa.schema(
     [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
     + [(name, pa.float64()) for name in COLUMNS]
+    + [("edge_gain", pa.list_(pa.float64()))]
 )
 _STEPS = pa.schema([("step", pa.int64()), ("loss", pa.float64()), ("learning_rate", pa.float64())])
 _MISSING = pa.schema(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bpdiag.diagnosis import blocks
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
 from bpdiag.diagnosis.harm import LUCK
@@ -80,6 +81,9 @@ def notes(trace: Trace) -> list[str]:
     frozen = sorted({m.layer for m in trace.missing if m.reason == "frozen"})
     if frozen:
         told.append(f"frozen, by request: {', '.join(frozen[:8])}" + (" and more" if len(frozen) > 8 else ""))
+    finite = np.flatnonzero(profile(trace).finite)
+    if finite.size and (sentence := blocks.in_words(trace, int(finite[-1]))):
+        told.append(f"at step {trace.sampled_steps[finite[-1]]}, {sentence}")
     return told
 
 

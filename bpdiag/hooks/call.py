@@ -37,6 +37,9 @@ class Call:
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
     events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
+    # what this call sends to one that others read too; None: several backwards, or none, went that way
+    edges: dict[Call, Tensor | float | None] = dataclasses.field(default_factory=dict)
+    edge_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # that against its own cotangent
 
     def __post_init__(self) -> None:
         self.rule = rule_of(self.module)

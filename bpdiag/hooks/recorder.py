@@ -14,12 +14,12 @@ from bpdiag import statistics
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
+from bpdiag.hooks.graph import Graph
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
 DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
 MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
-MOST_NODES = 10_000  # of the graph looked at between two layers
 
 
 class _Hook:
@@ -133,7 +133,7 @@ class Recorder:
     def _forget(self) -> None:
         self._calls: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
-        self._made_by: dict[tuple[Any, int], Call] = {}  # (node, output number) -> the call whose output it is
+        self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._pass = 0
@@ -146,7 +146,7 @@ class Recorder:
         if torch.is_grad_enabled() and not _recomputing():
             self._pass += any(call.backward == self._pass for call in self._calls[-1:])
             self._counts.clear()
-            self._made_by.clear()
+            self._graph = Graph()
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and not _recomputing() and args:
@@ -155,8 +155,10 @@ class Recorder:
     def _given_out(self, module: nn.Module, args: Any, output: Any) -> None:
         """The model's output reads layers too: the loss may be computed from any of it."""
         if torch.is_grad_enabled() and not _recomputing():
-            for out in leaves(output):
-                self._given |= dict.fromkeys(self._parents(out))
+            walk = self._graph.walk(leaves(output))
+            self._given |= walk.parents
+            self._graph.read(walk, None)
+            self._graph.measure_forks()
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not torch.is_grad_enabled() or _recomputing() or self._pass >= MOST_PASSES:
@@ -167,10 +169,11 @@ class Recorder:
             return
         out, number = outs[0], self._counts.get(module, 0)
         self._counts[module] = number + 1
-        parents = dict.fromkeys(parent for t in outs for parent in self._parents(t))
+        walk = self._graph.walk(outs)
         call = Call(
-            module, self._names[module], number, self._pass, tuple(out.shape), out.requires_grad, tuple(parents)
+            module, self._names[module], number, self._pass, tuple(out.shape), out.requires_grad, tuple(walk.parents)
         )
+        self._graph.read(walk, call)
         self._calls.append(call)
         self._measure(call, call.tensor, out)
         x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
@@ -198,7 +201,7 @@ class Recorder:
 
         handle = out.register_hook(arrived)
         if out.grad_fn is not None:
-            self._made_by[out.grad_fn, out.output_nr] = call
+            self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
             self._handles.append(handle)
 
@@ -218,8 +221,8 @@ class Recorder:
             return
         if not x.requires_grad:
             return
-        if x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._made_by:
-            if self._made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another of its outputs than the one measured
+        if x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._graph.made_by:
+            if self._graph.made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another output than the one measured
                 self._measure(call, "x", x)
             return  # what arrives here is the cotangent of a watched output, seen there
         below, rule = call.parents[0], rule_that_made(x)
@@ -256,26 +259,6 @@ class Recorder:
             window.append(alive)
             if len(window) > 1:
                 call.values["a_dead_fraction"] = statistics.mean(~torch.stack(tuple(window)).any(0))
-
-    def _parents(self, out: Tensor) -> tuple[Call, ...]:
-        """The calls whose outputs ``out`` was computed from with no watched call in between."""
-        if out.grad_fn is None:
-            return ()
-        if (out.grad_fn, out.output_nr) in self._made_by:  # handed on unchanged
-            return (self._made_by[out.grad_fn, out.output_nr],)
-        found: dict[Call, None] = {}
-        seen, stack = {out.grad_fn}, [out.grad_fn]
-        while stack and len(seen) < MOST_NODES:
-            # edges to a node already seen still count: another of its outputs may be a watched one
-            for node, number in stack.pop().next_functions:
-                if node is None:
-                    continue
-                if (node, number) in self._made_by:
-                    found[self._made_by[node, number]] = None
-                elif node not in seen:
-                    seen.add(node)
-                    stack.append(node)
-        return tuple(found)
 
     # ---- update --------------------------------------------------------------------------------------
 
@@ -340,7 +323,7 @@ class Recorder:
         group = self.optimizers[0].param_groups[0] if self.optimizers else {}
         rate = {"lr": group["lr"]} if "lr" in group else {}
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
-        losses = self._read([*(call.values for call in self._calls), rate])
+        losses = self._read([*(table for call in self._calls for table in (call.values, call.edges)), rate])
         ways, more = derive(self._calls, self._given)
         gaps += more
         gaps += [
@@ -352,7 +335,10 @@ class Recorder:
         gaps += self._changed_ways(ways)
         rows = []
         for call in self._calls:
-            told = {column: float(value) for column, value in call.values.items() if column in COLUMNS}
+            told: dict[str, Any] = {name: float(value) for name, value in call.values.items() if name in COLUMNS}
+            if call.edge_gains:
+                by_parent = {self._index[parent.key]: gain for parent, gain in call.edge_gains.items()}
+                told["edge_gain"] = [by_parent.get(i) for i in self.layers[self._index[call.key]].parents]
             rows.append((call.backward, self._index[call.key], told))
         missing = [(self._index[call.key], column, reason) for call, column, reason in gaps]
         bins = [(self._index[c.key], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]
@@ -371,7 +357,7 @@ class Recorder:
         for sink in self.sinks:
             sink.write(sample)
 
-    def _read(self, tables: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    def _read(self, tables: list[dict[Any, Any]]) -> list[tuple[int, float]]:
         """Replace every tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
         told: dict[int, Any] = {
             i: statistics.mean(x) if isinstance(x, Tensor) else x for i, (_, x) in enumerate(self._losses)
