@@ -522,7 +522,7 @@ def refuses_by_name(case):
     """No tensor, no real numbers, or another device: the error names the argument."""
     tensors = case.inputs(0)
     for i, (argument, t) in enumerate(zip(case.names(tensors), tensors, strict=True)):
-        faults = [(3, TypeError)]
+        faults = [("three", TypeError)]
         if not case.any_dtype:
             faults.append((t.to(torch.complex64), TypeError))
             faults += [(t.int(), TypeError)] if is_float(t) else []

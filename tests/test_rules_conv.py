@@ -168,7 +168,10 @@ suite = standard(
         vjp_alone_is_torchs_and_none_where_not_asked_for: [eager(Conv), eager(ConvTranspose), MUTANTS[4]],
         keeps_no_more_than_torch: [greedy(Conv), greedy(ConvTranspose)],
         keeps_one_factor_for_the_other: [twin(Conv, "keeps both", keeps=keeps_both), greedy(ConvTranspose)],
-        inputs_and_output_stay_apart: [viewing(Conv), viewing(ConvTranspose)],
+        inputs_and_output_stay_apart: [
+            viewing(ConvTranspose),
+            mutant("conv", "torch's view", "y.clone() if y.dim() == len(at.kernel) + 1 else y", "y"),
+        ],
         narrow_numbers_are_as_near_as_torchs: [coarse(Conv), coarse(ConvTranspose)],
         apply_alone_casts_a_cotangent: [doubled(Conv), doubled(ConvTranspose)],
         refuses_by_name: [unchecked(Conv, lambda x, W, b, *settings: F.conv2d(x, W, b))],

@@ -205,7 +205,13 @@ suite = standard(
         vjp_alone_is_torchs_and_none_where_not_asked_for: [eager(rule) for rule in ALL],
         keeps_no_more_than_torch: [keeping_x(rule) for rule in MEANS],
         keeps_x_for_its_largest_and_nothing_for_a_mean: [greedy(rule) for rule in ALL],
-        inputs_and_output_stay_apart: [viewing(rule) for rule in ALL],
+        inputs_and_output_stay_apart: [
+            *map(viewing, ALL),
+            *[
+                mutant(name, "torch's view", "y.clone() if n == 1 else y", "y")
+                for name in ("avg_pool", "adaptive_max_pool")
+            ],
+        ],
         narrow_numbers_are_as_near_as_torchs: [*map(coarse, ALL), narrow_sums("avg_pool")],
         apply_alone_casts_a_cotangent: [doubled(rule) for rule in ALL],
         refuses_by_name: [unchecked(MaxPool, lambda x, *settings: F.max_pool2d(x, (2, 3)))],
