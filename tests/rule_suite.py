@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -222,7 +223,10 @@ def unchecked(rule, forward):
     return twin(rule, "unchecked", forward=with_signature(rule, forward))
 
 
-def with_signature(rule, forward):
+def with_signature(rule, function):
+    def forward(*args):
+        return function(*args)
+
     forward.__signature__ = inspect.signature(rule.forward)
     return forward
 
@@ -376,8 +380,9 @@ def torch_on_generated_shapes(case):
     for seed in EXAMPLES:
         one, tensors = case.example(seed)
         assert_same(one, tensors)
-        ours, theirs = twice(one.ours, tensors), twice(one.theirs, tensors)
-        assert_close(ours, theirs, **one.tolerance, msg=told(one, tensors))
+        if one.theirs(*tensors).isfinite().all():  # of nan there is no second gradient
+            ours, theirs = twice(one.ours, tensors), twice(one.theirs, tensors)
+            assert_close(ours, theirs, **one.tolerance, msg=told(one, tensors))
 
 
 def vjp_alone_is_torchs_and_none_where_not_asked_for(case):
@@ -437,7 +442,10 @@ def vmap_equals_a_loop(case):
         alone = tuple([t if i == k else t[0] for i, t in enumerate(stack)])
         ways.append((alone, tuple([0 if i == k else None for i in range(n)])))
     for inputs, dims in ways:
-        assert_close(mapped(inputs, dims), loop(inputs, dims), **case.tolerance)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "An output with one or more elements was resized")  # torch's own prelu
+            ours = mapped(inputs, dims)
+        assert_close(ours, loop(inputs, dims), **case.tolerance)
 
 
 def autocast_keeps_gradients_float32(case):
@@ -496,18 +504,28 @@ def apply_alone_casts_a_cotangent(case):
 
 
 def inputs_and_output_stay_apart(case):
-    """What is done to the output in place reaches no input, and autograd allows it."""
+    """What is done to the output in place reaches no input, and autograd allows it, unless a slope needs the output."""
+
+    def doubled_in_place(function, inputs):
+        out = function(*inputs)
+        out.mul_(2)
+        try:
+            return torch.autograd.grad(out, floats(inputs), cotangent_of(out))
+        except RuntimeError:
+            return None
+
     for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
         inputs = leaves(tensors)
-        expected = torch.autograd.grad(2 * one.theirs(*inputs), floats(inputs), cotangent_of(one.theirs(*inputs)))
-        out = one.ours(*inputs)
         try:
-            out.mul_(2)
-            ours = torch.autograd.grad(out, floats(inputs), cotangent_of(out))
+            ours = doubled_in_place(one.ours, inputs)
         except RuntimeError as error:
             raise AssertionError(told(one, tensors)(str(error))) from error
-        assert_close(ours, expected, **LOOSE)
         assert all(a is None or torch.equal(a, b) for a, b in zip(inputs, tensors, strict=True))
+        if ours is None:
+            assert case.rule.saves == "output"
+        else:
+            g = cotangent_of(one.theirs(*inputs))
+            assert_close(ours, torch.autograd.grad(2 * one.theirs(*inputs), floats(inputs), g), **LOOSE)
 
 
 def nan_and_infinity_go_where_torchs_go(case):

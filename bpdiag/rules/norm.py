@@ -341,7 +341,7 @@ def _centered(x: Tensor, over: Any, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _pulled(g: Tensor, centered: Tensor, r: Tensor, slope: Tensor, h: Tensor, hxn: Tensor) -> Tensor:
-    """g_x = slope g - r (h + xn hxn), with h and hxn the means and slope gamma r; new memory costs more than the sums."""
+    """g_x = slope g - r (h + xn hxn), h and hxn the means, slope gamma r; new memory costs more than the sums."""
     return torch.addcmul((g * slope).sub_(r * h), centered, -r * r * hxn)
 
 
