@@ -176,7 +176,6 @@ MUTANTS = [
         "pad", "a mean at the edge", "before.sum(dim, keepdim=True), after", "before.mean(dim, keepdim=True), after"
     ),
     mutant("pad", "what lies after dropped", "g_x.narrow(dim, *to_after).add_(after)", "pass"),
-    mutant("pad", "the wrong axis", "g.dim() - 1 - i // 2, pad", "g.dim() - 1 - (i // 2 + 1) % (len(pad) // 2), pad"),
     mutant("pad", "a cotangent for what was cropped", "[-p for p in pad])", "[-p for p in pad], value=1.0)"),
     mutant(
         "flatten",
