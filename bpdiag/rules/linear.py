@@ -42,7 +42,7 @@ class Linear(Rule):
             raise wrong("linear", "x", x, f"shape (..., {W.shape[1]}), for W {tuple(W.shape)}")
         shaped("linear", "b", b, W.shape[:1], "a number for each output")
         z = nn.functional.linear(x, W, b)
-        return z.clone() if z._is_view() else z  # of one sample, say; made inside a rule it could not be changed in place
+        return z.clone() if z._is_view() else z  # one made inside a rule could not be changed in place
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
