@@ -343,11 +343,16 @@ def spacings_off(ours, exact, dtype):
     return most
 
 
+def rounded(case, dtype):
+    """The case with its settings in a dtype."""
+    return replace(case, settings={k: in_dtype(v, dtype) for k, v in case.settings.items()})
+
+
 def narrow_errors(case, tensors, dtype):
     """Ours and torch's own, both of float64 on the same narrow numbers."""
     tensors = tuple(in_dtype(t, dtype) for t in tensors)
-    narrow = replace(case, settings={k: in_dtype(v, dtype) for k, v in case.settings.items()})
-    exact = replace(case, settings={k: in_dtype(v, torch.float64) for k, v in narrow.settings.items()})
+    narrow = rounded(case, dtype)
+    exact = rounded(narrow, torch.float64)
     wide = tuple(in_dtype(t, torch.float64) for t in tensors)
     g = cotangent_of(exact.theirs(*wide)).to(dtype)
     whole = outcome(exact.theirs, wide, g.double())
@@ -384,6 +389,14 @@ def torch_on_generated_shapes(case):
             assert_close(ours, theirs, **one.tolerance, msg=told(one, tensors))
 
 
+def finite_differences_on_generated_shapes(case):
+    for seed in EXAMPLES[1::3]:  # every third may lie on a kink
+        one, tensors = case.example(seed)
+        if all(t.numel() for t in floats(tensors)):
+            assert gradcheck(one.ours, leaves(tensors), fast_mode=True)
+            assert gradgradcheck(one.ours, leaves(tensors), fast_mode=True)
+
+
 def vjp_alone_is_torchs_and_none_where_not_asked_for(case):
     """Called by itself: autograd would sum a cotangent of a wrong shape to the right one."""
     for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
@@ -408,7 +421,8 @@ def keeps_no_more_than_torch(case):
     for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
         for needs in every_need(tensors):
             ours, theirs = (kept_bytes(f, leaves(tensors, needs)) for f in (one.ours, one.theirs))
-            assert ours <= theirs or not tensors[0].numel(), told(one, tensors)(str(needs))  # empty: a short cut there
+            short_cut = case.rule.name == "batch_norm" and not tensors[0].numel()  # torch's, of an empty batch
+            assert ours <= theirs or short_cut, told(one, tensors)(f"{ours} bytes, torch {theirs}; {needs}")
 
 
 def vmap_equals_a_loop(case):
@@ -493,13 +507,14 @@ def narrow_numbers_are_as_near_as_torchs(case):
 
 
 def apply_alone_casts_a_cotangent(case):
-    tensors = tuple(in_dtype(t, torch.bfloat16) for t in case.inputs(0))
-    arguments = case.arguments(tensors)
-    needs = tuple([is_float(t) and any(t is u for u in tensors) for t in arguments])
-    out = case.rule.forward(*arguments)
-    alone = case.rule.pull_back(torch.ones_like(out), case.rule.keeps(arguments, out, needs), needs)
-    assert {t.dtype for t in alone if t is not None} <= {torch.bfloat16, torch.float32}
-    assert {t.dtype for t in outcome(case.ours, tensors)} == {torch.bfloat16}
+    for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
+        one, tensors = rounded(one, torch.bfloat16), tuple(in_dtype(t, torch.bfloat16) for t in tensors)
+        arguments = one.arguments(tensors)
+        needs = tuple([is_float(t) and any(t is u for u in tensors) for t in arguments])
+        out = one.rule.forward(*arguments)
+        alone = one.rule.pull_back(torch.ones_like(out), one.rule.keeps(arguments, out, needs), needs)
+        assert {t.dtype for t in alone if t is not None} <= {torch.bfloat16, torch.float32}
+        assert {t.dtype for t in outcome(one.ours, tensors)} == {torch.bfloat16}
 
 
 def inputs_and_output_stay_apart(case):
@@ -559,6 +574,7 @@ EVERY = (
     torchs_values_and_gradients,
     torchs_second_gradients,
     torch_on_generated_shapes,
+    finite_differences_on_generated_shapes,
     vjp_alone_is_torchs_and_none_where_not_asked_for,
     vmap_equals_a_loop,
     autocast_keeps_gradients_float32,
