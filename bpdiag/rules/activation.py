@@ -8,6 +8,8 @@ what it is there, the largest slope, and
     r = 1 / sqrt(critical sigma_w^2), rounded to theory's two classes: 1/sqrt(2) for the relu kind, else 1
 
 so that d_w = log10(sig r) and d_s = log10(sl / r) are both 0 in a net that neither shrinks nor grows a gradient.
+Where a slope made from z cancels, it is computed in float32 at least.
+
 ``oracle`` is torch's own module of the same function and ``node`` the name autograd gives its backward: the tests
 compare with the first, the recorder recognizes both.
 
@@ -35,7 +37,8 @@ class Activation(Rule):
     """a = phi(z),  g_z = phi'(z) * g_a, elementwise on any shape.
 
     ``vjp(g_a, kept)`` takes what ``saves`` names: ``a`` where the slope is a function of the output (the output is
-    kept by the next layer anyway, so it costs nothing), else ``z``.
+    kept by the next layer anyway, so it costs nothing), else ``z``.  ``apply`` refuses all but
+    a tensor of real numbers.
     """
 
     saves: ClassVar[Literal["output", "input"]] = "output"
