@@ -285,7 +285,7 @@ def flipped(rule):
 
 
 def tilted(rule):
-    """A slope that is right at z = 0 and for the identity."""
+    """A slope off by a factor that grows with what was kept."""
     return twin(rule, "tilted", vjp=lambda g, *kept: rule.vjp(g, *kept) * (1 + kept[0] / 8))
 
 
