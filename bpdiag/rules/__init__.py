@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from bpdiag.rules.activation import ACTIVATIONS, Activation
+from bpdiag.rules.conv import Conv, ConvTranspose
 from bpdiag.rules.function import Rule
 from bpdiag.rules.linear import Linear
 from bpdiag.rules.loss import CrossEntropy
+from bpdiag.rules.norm import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from bpdiag.rules.pool import AdaptiveAvgPool, AdaptiveMaxPool, AvgPool, GlobalAvgPool, GlobalMaxPool, MaxPool
+from bpdiag.rules.shape import Add, Concat, Dropout, Embedding, Flatten, Pad
 
-RULES: dict[str, type[Rule]] = {**ACTIVATIONS, **{rule.name: rule for rule in (Linear, CrossEntropy)}}
+_TABLE = (
+    Linear, CrossEntropy, Conv, ConvTranspose, BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm,
+    MaxPool, AvgPool, AdaptiveMaxPool, AdaptiveAvgPool, GlobalMaxPool, GlobalAvgPool,
+    Add, Concat, Flatten, Pad, Dropout, Embedding,
+)  # fmt: skip
+RULES: dict[str, type[Rule]] = {**ACTIVATIONS, **{rule.name: rule for rule in _TABLE}}
 
 __all__ = ["ACTIVATIONS", "RULES", "Activation", "Rule"]

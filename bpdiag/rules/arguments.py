@@ -72,6 +72,12 @@ def number(rule: str, argument: str, value: Any, expected: str = "a number") -> 
         raise wrong(rule, argument, repr(value), expected, TypeError)
 
 
+def flag(rule: str, argument: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise wrong(rule, argument, repr(value), "True or False", TypeError)
+
+
 def each(rule: str, argument: str, value: Any, n: int, least: int | None = 1) -> tuple[int, ...]:
     """One whole number for each of n dimensions, from one for all or a sequence.
 

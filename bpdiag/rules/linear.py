@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bpdiag.rules.arguments import floats, shaped, wrong
 from bpdiag.rules.function import Rule
 
 
 class Linear(Rule):
     """z = x W^T + b,  g_x = g_z W,  g_W = g_z^T x,  g_b = sum of g_z over the batch.
 
-    Shapes: x (..., N_in), W (N_out, N_in), b (N_out,), z (..., N_out).  Keeps x (for g_W) and W (for g_x):
+    Shapes: x (..., N_in), W (N_out, N_in), b (N_out,) or None, z (..., N_out).  Keeps x (for g_W) and W (for g_x):
     neither can be had from the other or from z; b leaves no trace in any slope.  No kink: linear in each input.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; it is named.
 
     Example:
         >>> x, W, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]), torch.tensor([1.0])
@@ -31,7 +35,14 @@ class Linear(Rule):
     name = "linear"
 
     def forward(x, W, b):
-        return nn.functional.linear(x, W, b)
+        floats("linear", x=x, W=W, b=b)
+        if W.dim() != 2:
+            raise wrong("linear", "W", W, "shape (N_out, N_in)")
+        if x.shape[-1:] != W.shape[1:]:
+            raise wrong("linear", "x", x, f"shape (..., {W.shape[1]}), for W {tuple(W.shape)}")
+        shaped("linear", "b", b, W.shape[:1], "a number for each output")
+        z = nn.functional.linear(x, W, b)
+        return z.clone() if z._is_view() else z  # one made inside a rule could not be changed in place
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

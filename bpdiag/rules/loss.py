@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpdiag.rules.arguments import floats, shaped, tensor, wrong
 from bpdiag.rules.function import Rule
 
 
@@ -23,8 +24,8 @@ class CrossEntropy(Rule):
     costs inf.  An empty batch gives nan.
 
     Raises:
-        ValueError: The shapes are not (B, K) and (B,).
-        IndexError: A class is outside 0..K-1.
+        ValueError, TypeError: An argument does not fit; it is named.
+        IndexError: A class is outside 0..K-1 (on a CPU; elsewhere torch's own check comes first).
 
     Example:
         >>> z, y = torch.zeros(1, 4), torch.tensor([2])
@@ -37,16 +38,23 @@ class CrossEntropy(Rule):
     name = "cross_entropy"
 
     def forward(z, y):
-        if z.dim() != 2 or y.shape != z.shape[:1]:
-            shapes = f"z {tuple(z.shape)} and y {tuple(y.shape)}"
-            raise ValueError(f"cross_entropy takes logits z (B, K) and classes y (B,); came {shapes}")
+        floats("cross_entropy", z=z)
+        tensor("cross_entropy", "y", y)
+        if y.dtype != torch.int64:
+            raise wrong("cross_entropy", "y", y, "a tensor of torch.int64: the class of each sample", TypeError)
+        if y.device != z.device:
+            raise wrong("cross_entropy", "y", y, f"it on {z.device}, where z is")
+        if z.dim() != 2:
+            raise wrong("cross_entropy", "z", z, "logits of shape (B, K)")
+        shaped("cross_entropy", "y", y, z.shape[:1], "the class of each sample of z")
         # a mean of many small numbers: under autocast in float32, as torch does
         narrow = z.element_size() < 4 and torch.is_autocast_enabled(z.device.type)
         log_p = torch.log_softmax(z, 1, dtype=torch.float32 if narrow else None)
         try:
             return -log_p.gather(1, y.unsqueeze(1)).mean()
         except RuntimeError as error:
-            raise IndexError(f"cross_entropy: classes must be integers from 0 to {z.shape[1] - 1}") from error
+            expected = f"classes from 0 to {z.shape[1] - 1}"
+            raise wrong("cross_entropy", "y", "out of range", expected, IndexError) from error
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, Tensor]:

@@ -84,12 +84,12 @@ class BatchNorm(Rule):
         g_gamma = g_x = None
         g_beta = g.sum(over, keepdim=True) if needs[2] or (needs[0] and var is None) else None
         if var is None and (needs[0] or needs[1]):
-            xn, r = _standardized(x, over, eps)
+            centered, r = _centered(x, over, eps)
             r = r if g.numel() else torch.zeros_like(r)  # of no numbers the mean is nan
-            g_gamma = (g * xn).sum(over, keepdim=True)
+            g_gamma = r * (g * centered).sum(over, keepdim=True)
             if needs[0]:
                 per = gamma / (math.prod(g.shape[d] for d in over) or 1)
-                g_x = _pulled(g, xn, r, gamma * r, per * g_beta, per * g_gamma)
+                g_x = _pulled(g, centered, r, gamma * r, per * g_beta, per * g_gamma)
         elif needs[0] or needs[1]:
             r = torch.rsqrt(wide(var) + eps).reshape(channel)
             g_x = gamma * r * g if needs[0] else None
@@ -183,12 +183,12 @@ class GroupNorm(Rule):
         g = wide(g_y).reshape(split)
         g_sum, gxn_sum, g_x = g.sum(3, keepdim=True) if needs[0] or needs[2] else None, None, None
         if needs[0] or needs[1]:
-            xn, r = _standardized(x.reshape(split), (2, 3), eps)
-            gxn_sum = (g * xn).sum(3, keepdim=True)
+            centered, r = _centered(x.reshape(split), (2, 3), eps)
+            gxn_sum = r * (g * centered).sum(3, keepdim=True)
         if needs[0]:
             gamma = 1 if gamma is None else wide(gamma).reshape(num_groups, -1, 1)
             h, hxn = [(gamma * t).sum(2, keepdim=True) / (split[2] * split[3]) for t in (g_sum, gxn_sum)]
-            g_x = _pulled(g, xn, r, gamma * r, h, hxn).reshape(g_y.shape)
+            g_x = _pulled(g, centered, r, gamma * r, h, hxn).reshape(g_y.shape)
         return g_x, gxn_sum.sum(0).reshape(-1) if needs[1] else None, g_sum.sum(0).reshape(-1) if needs[2] else None
 
 
@@ -220,10 +220,9 @@ class InstanceNorm(Rule):
         number("instance_norm", "eps", eps)
         if not x.shape[1]:
             raise wrong("instance_norm", "x", x, "a channel or more")
-        if math.prod(x.shape[2:]) == 1:
+        if math.prod(x.shape[2:]) < 2:
             raise wrong("instance_norm", "x", x, "more than one place for each channel")
-        y = functional.instance_norm(x, None, None, gamma, beta, eps=eps)
-        return y.clone()  # torch's is a view, and one made here could not be changed in place
+        return functional.group_norm(x, x.shape[1], gamma, beta, eps)  # torch's instance_norm returns a view
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -275,12 +274,12 @@ class LayerNorm(Rule):
         g, over, batch = wide(g_y), tuple(range(-dims, 0)), list(range(g_y.dim() - dims))
         g_x = g_gamma = None
         if needs[0] or needs[1]:
-            xn, r = _standardized(x, over, eps)
-            gxn = g * xn
+            centered, r = _centered(x, over, eps)
+            gxn = (g * centered).mul_(r)
             g_gamma = _summed(gxn, batch) if needs[1] else None
         if needs[0]:
             h, hxn = (g, gxn) if gamma is None else (wide(gamma) * g, wide(gamma) * gxn)
-            g_x = _pulled(h, xn, r, r, h.mean(over, keepdim=True), hxn.mean(over, keepdim=True))
+            g_x = _pulled(h, centered, r, r, h.mean(over, keepdim=True), hxn.mean(over, keepdim=True))
         return g_x, g_gamma, _summed(g, batch) if needs[2] else None
 
 
@@ -334,17 +333,16 @@ class RMSNorm(Rule):
         return g_x, _summed(gxn, list(range(g.dim() - dims))) if needs[1] else None
 
 
-def _standardized(x: Tensor, over: Any, eps: float) -> tuple[Tensor, Tensor]:
-    """(xn, r).  The mean goes first: a variance from sums of squares would cancel where the mean is large."""
+def _centered(x: Tensor, over: Any, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - m, r).  The mean goes first: a variance from sums of squares would cancel where the mean is large."""
     x = wide(x)
     centered = x - x.mean(over, keepdim=True)
-    r = torch.rsqrt((centered * centered).mean(over, keepdim=True) + eps)
-    return centered * r, r
+    return centered, torch.rsqrt((centered * centered).mean(over, keepdim=True) + eps)
 
 
-def _pulled(g: Tensor, xn: Tensor, r: Tensor, slope: Tensor, h: Tensor, hxn: Tensor) -> Tensor:
-    """g_x = slope g - r (h + xn hxn), with h and hxn the means and slope gamma r; two passes over the numbers."""
-    return torch.addcmul(torch.addcmul(-r * h, xn, -r * hxn), g, slope)
+def _pulled(g: Tensor, centered: Tensor, r: Tensor, slope: Tensor, h: Tensor, hxn: Tensor) -> Tensor:
+    """g_x = slope g - r (h + xn hxn), h and hxn the means, slope gamma r; new memory costs more than the sums."""
+    return torch.addcmul((g * slope).sub_(r * h), centered, -r * r * hxn)
 
 
 def _summed(t: Tensor, over: list[int]) -> Tensor:

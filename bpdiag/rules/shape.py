@@ -223,7 +223,7 @@ class Dropout(Rule):
     name = "dropout"
 
     def forward(x, mask, p=0.5):
-        tensor("dropout", "x", x)
+        floats("dropout", x=x)
         tensor("dropout", "mask", mask)
         if mask.dtype != torch.bool:
             raise wrong("dropout", "mask", mask, "a tensor of torch.bool: true stays", TypeError)
@@ -265,7 +265,7 @@ class Embedding(Rule):
 
     def forward(index, W, padding_idx=None):
         tensor("embedding", "index", index)
-        tensor("embedding", "W", W)
+        floats("embedding", W=W)
         if index.dtype not in (torch.int64, torch.int32):
             raise wrong("embedding", "index", index, "a tensor of torch.int64 or torch.int32", TypeError)
         if W.dim() != 2:
