@@ -77,7 +77,7 @@ def notes(trace: Trace) -> list[str]:
     if not trace.meta.get("optimizer"):
         told.append("no optimizer was given: no update was measured, and plain gradient descent is assumed")
     if not len(trace.losses[0]):
-        told.append("no loss was told (watch.loss): whether the run has converged is unknown")
+        told.append("no loss was told (watch.loss): whether the run has converged, and its scale, are unknown")
     frozen = sorted({m.layer for m in trace.missing if m.reason == "frozen"})
     if frozen:
         told.append(f"frozen, by request: {', '.join(frozen[:8])}" + (" and more" if len(frozen) > 8 else ""))

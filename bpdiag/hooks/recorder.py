@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph
+from bpdiag.hooks.scale import ScalerClock, Scales, divide
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
@@ -42,7 +44,7 @@ class _Hook:
 class Recorder:
     """Measures ``model`` on steps 0, N, 2N, ... and gives each ``Sample`` to the sinks.
 
-    A step ends when the last of ``optimizers`` has stepped, or at ``end_step()``.
+    A step ends when the last of ``optimizers`` has stepped, with a ``scaler`` at its update, or at ``end_step()``.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Recorder:
         sinks: Sequence[Sink],
         every: int = 1,
         histograms: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.model, self.optimizers, self.sinks, self.every = model, list(optimizers), list(sinks), every
         self.histograms = histograms
@@ -65,6 +68,9 @@ class Recorder:
         self._silence: dict[tuple[str, int], deque[Tensor]] = {}
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
+        self._stepped = False  # whether an optimizer has, since the scaler's last update
+        self._skipped: list[int] = []  # steps, until the next sample
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -74,7 +80,9 @@ class Recorder:
         try:
             for optimizer in self.optimizers:
                 self._always.append(optimizer.register_step_pre_hook(self._before_step))
-            if self.optimizers:
+            if self._clock:
+                self._clock.start()
+            elif self.optimizers:
                 self._always.append(self.optimizers[-1].register_step_post_hook(lambda *_: self.end_step()))
             self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
             self._arm_if_due()
@@ -88,23 +96,35 @@ class Recorder:
         for handle in self._always:
             handle.remove()
         self._always.clear()
+        if self._clock:
+            self._clock.stop()
         if any(call.events for call in self._calls):
             self._weights_before(self._weights())
             self._finish("the watching ended before the update")
-        elif self._losses:
-            self._send(Sample(self.step, self.layers, [], self._read([])))
+        elif self._losses or self._skipped:
+            self._send(Sample(self.step, self.layers, [], self._read([]), skipped=self._skipped))
         self._forget()
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
         # a clone: `loss /= 4` would change what a mere detach shares
         self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
+        if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
+            self._scales.await_gradient(loss, self._pass)
 
-    def end_step(self) -> None:
+    def _updated(self) -> None:
+        """The scaler ends a step; where no optimizer stepped, it skipped it."""
+        if not self._stepped:
+            self._skipped.append(self.step)
+            self._weights_before(self._weights() if self._calls else ())
+        self.end_step("" if self._stepped else "the gradient scaler skipped this step")
+        self._stepped = False
+
+    def end_step(self, no_update: str = "") -> None:
         """The optimizer has stepped: finish the sample if this step was one, arm for the next if it is one."""
         if self._handles:
             if self._calls:
-                self._finish()
+                self._finish(no_update)
             self._disarm()
             self._forget()
         self.step += 1
@@ -137,6 +157,7 @@ class Recorder:
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._pass = 0
+        self._scales = Scales()
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
@@ -270,6 +291,7 @@ class Recorder:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Copy what this optimizer is about to change; the last one also takes what none of them owns."""
+        self._stepped = True
         if self._handles:
             default = self.optimizers[-1]
             self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
@@ -323,7 +345,9 @@ class Recorder:
         group = self.optimizers[0].param_groups[0] if self.optimizers else {}
         rate = {"lr": group["lr"]} if "lr" in group else {}
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
-        losses = self._read([*(table for call in self._calls for table in (call.values, call.edges)), rate])
+        tables = [table for call in self._calls for table in (call.values, call.edges)]
+        losses = self._read([*tables, *self._scales.told.values(), rate])
+        self._divide_scales_out()
         ways, more = derive(self._calls, self._given)
         gaps += more
         gaps += [
@@ -342,16 +366,27 @@ class Recorder:
             rows.append((call.backward, self._index[call.key], told))
         missing = [(self._index[call.key], column, reason) for call, column, reason in gaps]
         bins = [(self._index[c.key], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]
-        self._send(Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins))
+        sample = Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
+        self._send(dataclasses.replace(sample, loss_scale=self._scales.of(0), skipped=self._skipped))
+        self._skipped = []
 
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
         trained = sorted({call.backward for call in self._calls if call.events})
         if trained:
             number = {old: new for new, old in enumerate(trained)}
+            self._scales.told = {number[n]: told for n, told in self._scales.told.items() if n in number}
             self._calls = [call for call in self._calls if call.backward in number]
             for call in self._calls:
                 call.backward = number[call.backward]
+
+    def _divide_scales_out(self) -> None:
+        """Cotangents as those of the told loss itself."""
+        for call in self._calls:
+            scale = self._scales.of(call.backward)
+            if scale is not None and scale != 1:
+                divide(call.values, [k for k in call.values if k.startswith(("_g_", "g_a", "_entering"))], scale)
+                divide(call.edges, list(call.edges), scale)
 
     def _send(self, sample: Sample) -> None:
         for sink in self.sinks:
