@@ -53,6 +53,7 @@ COLUMNS: dict[str, str] = {
     "g_a_rms": "the same per element",
     "W_rms": "rms of the layer's weight before the step",
     "g_W_norm": "l2 norm of dL/dW as the optimizer meets it",
+    "g_W_raw_norm": "the same as the backward left it, before clipping; a known scaler's factor divided out",
     "dW_rms": "rms of W after the step - W before it",
     "update_ratio": "dW_rms / W_rms",
     "forward_gain": "z_rms over that of the weight layer below (x_rms for the first)",

@@ -81,10 +81,27 @@ def notes(trace: Trace) -> list[str]:
     frozen = sorted({m.layer for m in trace.missing if m.reason == "frozen"})
     if frozen:
         told.append(f"frozen, by request: {', '.join(frozen[:8])}" + (" and more" if len(frozen) > 8 else ""))
+    if changed := _changed_gradients(trace):
+        told.append(changed)
     finite = np.flatnonzero(profile(trace).finite)
     if finite.size and (sentence := blocks.in_words(trace, int(finite[-1]))):
         told.append(f"at step {trace.sampled_steps[finite[-1]]}, {sentence}")
     return told
+
+
+def _changed_gradients(trace: Trace) -> str:
+    """What was done to the gradients between backward and step, at the last sample that tells both; empty for nothing."""
+    after, before = trace.column("g_W_norm")[0], trace.column("g_W_raw_norm")[0]
+    for at in reversed(range(len(trace.sampled_steps))):
+        both = np.isfinite(after[at]) & np.isfinite(before[at]) & (before[at] > 0)
+        if both.any():
+            share = float(np.linalg.norm(after[at][both]) / np.linalg.norm(before[at][both]))
+            if math.isclose(share, 1, rel_tol=1e-6):
+                return ""
+            why = "clipping, or a scaler that watch was not given"
+            step = trace.sampled_steps[at]
+            return f"between backward and step gradients changed, at step {step} to {share:.2g} of their norm ({why})"
+    return ""
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -71,6 +71,7 @@ class Recorder:
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
+        self._touched = False  # whether gradients were seen to change between backward and step
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -142,6 +143,9 @@ class Recorder:
             if rule and rule.saves == "input" and getattr(module, "inplace", False):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
+        for weight in self._weights():
+            if weight.requires_grad:
+                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(self._left_by_backward)))
         if not self.optimizers:
             self._weights_before(self._weights())
 
@@ -160,6 +164,8 @@ class Recorder:
         self._scales = Scales()
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
+        self._raw: dict[nn.Parameter, Tensor] = {}
 
     # ---- forward -------------------------------------------------------------------------------------
 
@@ -296,12 +302,33 @@ class Recorder:
             default = self.optimizers[-1]
             self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
 
+    def _left_by_backward(self, p: nn.Parameter) -> None:
+        """A backward has added to a weight's gradient; its norm is taken where such have been changed afterwards."""
+        if p.grad is not None:
+            self._left[p] = p.grad, p.grad._version
+            if self._touched:
+                self._raw[p] = statistics.norm(p.grad)
+
     def _weights_before(self, weights: Sequence[nn.Parameter]) -> None:
         for p in weights:
             if p not in self._copies:
                 self._copies[p] = p.detach().clone()
-                if p.grad is not None and self._calls:  # before any call, as for a closure, it is not this step's
-                    self._gradients[p] = statistics.norm(p.grad)
+                if self._calls:  # before any call, as for a closure, it is not this step's
+                    self._take_gradient(p)
+
+    def _take_gradient(self, p: nn.Parameter) -> None:
+        """Its norm as the optimizer meets it, and as the backward left it."""
+        if p.grad is None:
+            return
+        self._gradients[p] = statistics.norm(p.grad)
+        left, version = self._left.get(p, (None, 0))
+        if left is p.grad and version == p.grad._version:
+            self._raw[p] = self._gradients[p]
+            return
+        self._touched = True
+        scale = self._clock.scale() if self._clock else None
+        if scale is not None and p in self._raw:
+            self._raw[p] = self._raw[p] / scale
 
     def _reduce_weights(self, no_update: str) -> list[Gap]:
         """Norms of weights, gradients and updates into the values of their calls; what is missing, and why."""
@@ -314,10 +341,12 @@ class Recorder:
                 numbers["W_rms"] = statistics.rms(before)
                 if not no_update:
                     numbers["dW_rms"] = statistics.rms(p.detach() - before)
-            if p not in self._gradients and p.grad is not None:  # a closure's, or a loop's without an optimizer
-                self._gradients[p] = statistics.norm(p.grad)
+            if p not in self._gradients:  # a closure's, or a loop's without an optimizer
+                self._take_gradient(p)
             if p in self._gradients:
                 numbers["g_W_norm"] = self._gradients[p]
+            if p in self._raw:
+                numbers["g_W_raw_norm"] = self._raw[p]
         for call in self._calls:
             if call.weight is not None:
                 before, g_W = self._copies.get(call.weight), call.weight.grad
@@ -336,6 +365,8 @@ class Recorder:
             if "g_W_norm" not in call.values:
                 frozen = not call.weight.requires_grad
                 gaps.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
+            elif "g_W_raw_norm" not in call.values:
+                gaps.append((call, "g_W_raw_norm", "changed between backward and step: told from the next sample on"))
         return gaps
 
     def _finish(self, no_update: str = "") -> None:

@@ -60,6 +60,10 @@ class ScalerClock:
         """Give it back."""
         self.scaler.__dict__.pop("update", None)
 
+    def scale(self) -> Tensor | None:
+        """Its factor, on its device; None before its first use."""
+        return self.scaler._scale
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ScalerClock:
         return ScalerClock(memo.get(id(self.scaler), self.scaler))
 
