@@ -149,6 +149,7 @@ class Watch:
         self._closed = True
         try:
             self._running().stop()
+            self._writer.meta["unseen"] = self._running().unseen()
             self._writer.close()
             if self._board is not None and self._log is not None:
                 findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []

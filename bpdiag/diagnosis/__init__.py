@@ -81,6 +81,7 @@ def notes(trace: Trace) -> list[str]:
     frozen = sorted({m.layer for m in trace.missing if m.reason == "frozen"})
     if frozen:
         told.append(f"frozen, by request: {', '.join(frozen[:8])}" + (" and more" if len(frozen) > 8 else ""))
+    told += _unseen(trace)
     if changed := _changed_gradients(trace):
         told.append(changed)
     finite = np.flatnonzero(profile(trace).finite)
@@ -89,8 +90,19 @@ def notes(trace: Trace) -> list[str]:
     return told
 
 
+def _unseen(trace: Trace) -> list[str]:
+    """What the watcher did not see, one line a reason."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for line in trace.meta.get("unseen", []):
+        by_reason.setdefault((line["what"], line["reason"]), []).append(line["name"] or "the model")
+    return [
+        f"{what}{'s' if len(names) > 1 else ''} {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}: {reason}"
+        for (what, reason), names in by_reason.items()
+    ]
+
+
 def _changed_gradients(trace: Trace) -> str:
-    """What was done to the gradients between backward and step, at the last sample that tells both; empty for nothing."""
+    """What was done to gradients between backward and step, at the last sample that tells both; empty for nothing."""
     after, before = trace.column("g_W_norm")[0], trace.column("g_W_raw_norm")[0]
     for at in reversed(range(len(trace.sampled_steps))):
         both = np.isfinite(after[at]) & np.isfinite(before[at]) & (before[at] > 0)

@@ -17,6 +17,7 @@ from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
+from bpdiag.hooks.unseen import unseen
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
@@ -71,6 +72,7 @@ class Recorder:
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
+        self._without_gradient: set[str] = set()  # modules called where no gradient is recorded
         self._touched = False  # whether gradients were seen to change between backward and step
         self._forget()
 
@@ -105,6 +107,11 @@ class Recorder:
         elif self._losses or self._skipped:
             self._send(Sample(self.step, self.layers, [], self._read([]), skipped=self._skipped))
         self._forget()
+
+    def unseen(self) -> list[dict[str, str]]:
+        """Modules and parameters that no sampled step told anything of, each with its reason."""
+        seen = {name for name, _ in self._index}
+        return unseen(self.model, self.optimizers, seen, self._without_gradient)
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
@@ -188,6 +195,8 @@ class Recorder:
             self._graph.measure_forks()
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._without_gradient.add(self._names[module])
         if not torch.is_grad_enabled() or _recomputing() or self._pass >= MOST_PASSES:
             return
         outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
