@@ -32,6 +32,9 @@ class Call:
     shape: tuple[int, ...]
     in_graph: bool
     parents: tuple[Call, ...]
+    order: int  # of execution, in its forward pass
+    within: Any = None  # the reentrant checkpoint whose recomputation it is
+    through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
     rule: type[Activation] | None = None  # whose slope this row carries
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)

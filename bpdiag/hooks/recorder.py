@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,9 +17,9 @@ from bpdiag import statistics
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
-from bpdiag.hooks.graph import Graph
+from bpdiag.hooks.graph import Graph, is_checkpoint
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
-from bpdiag.hooks.unseen import unseen
+from bpdiag.hooks.unseen import refuse, unseen
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
@@ -65,6 +67,7 @@ class Recorder:
         self._index: dict[tuple[str, int], int] = {}
         self._names: dict[nn.Module, str] = {}
         self._always: list[Any] = []  # hooks on optimizers
+        self._eager: Any = None  # torch.compile held off, while armed
         self._handles: list[Any] = []  # hooks on modules, while armed
         self._silence: dict[tuple[str, int], deque[Tensor]] = {}
         self._losses: list[tuple[int, Tensor | float]] = []
@@ -72,7 +75,7 @@ class Recorder:
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
-        self._without_gradient: set[str] = set()  # modules called where no gradient is recorded
+        self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
         self._touched = False  # whether gradients were seen to change between backward and step
         self._forget()
 
@@ -80,6 +83,7 @@ class Recorder:
 
     def start(self) -> None:
         """Begin with step 0; where that fails, nothing is left on the model."""
+        refuse(self.model)
         try:
             for optimizer in self.optimizers:
                 self._always.append(optimizer.register_step_pre_hook(self._before_step))
@@ -111,7 +115,7 @@ class Recorder:
     def unseen(self) -> list[dict[str, str]]:
         """Modules and parameters that no sampled step told anything of, each with its reason."""
         seen = {name for name, _ in self._index}
-        return unseen(self.model, self.optimizers, seen, self._without_gradient)
+        return unseen(self.model, self.optimizers, seen, self._passed_over)
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
@@ -141,7 +145,9 @@ class Recorder:
     def _arm_if_due(self) -> None:
         if self.step % self.every:
             return
-        self._names = {module: name for name, module in self.model.named_modules()}
+        if "torch._dynamo" in sys.modules:  # what is compiled runs as it is written in this step: hooks fire there
+            self._eager = torch.compiler.set_stance("force_eager")
+        self._names = {module: name.replace("_orig_mod.", "") for name, module in self.model.named_modules()}
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
         for module in self._names:
             if is_leaf(module):
@@ -160,14 +166,21 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
 
     def _forget(self) -> None:
         self._calls: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
         self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
-        self._pass = 0
+        self._pass, self._order = 0, 0
+        self._inside = False  # the model's forward pass, with gradient
+        self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
+        self._thread: int | None = None  # the one whose calls are this step's
         self._scales = Scales()
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
@@ -176,38 +189,60 @@ class Recorder:
 
     # ---- forward -------------------------------------------------------------------------------------
 
+    def _listening(self) -> bool:
+        """Whether a forward pass of the thread that began this step is under way, with gradient."""
+        return torch.is_grad_enabled() and not _recomputing() and self._is_ours()
+
+    def _is_ours(self) -> bool:
+        here = threading.get_ident()
+        if self._thread is None:
+            self._thread = here
+        return here == self._thread
+
     def _new_pass(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not _recomputing():
-            self._pass += any(call.backward == self._pass for call in self._calls[-1:])
+        if self._listening():
+            self._inside = True
+            self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
             self._graph = Graph()
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not _recomputing() and args:
+        if self._listening() and args:
             self._overwritten[module] = args[0].detach().clone()
 
     def _given_out(self, module: nn.Module, args: Any, output: Any) -> None:
         """The model's output reads layers too: the loss may be computed from any of it."""
-        if torch.is_grad_enabled() and not _recomputing():
+        if self._listening():
+            self._inside = False
             walk = self._graph.walk(leaves(output))
             self._given |= walk.parents
+            self._given_through |= walk.through
             self._graph.read(walk, None)
             self._graph.measure_forks()
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():
-            self._without_gradient.add(self._names[module])
-        if not torch.is_grad_enabled() or _recomputing() or self._pass >= MOST_PASSES:
+        place = self._place(module)
+        if place is None or place[0] >= MOST_PASSES:
             return
         outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
         outs = [t for t in outs if t.requires_grad] or outs[:1]
         if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
+            why = "called under torch.func, whose tensors take no hooks" if outs else "its output holds no tensor"
+            self._passed_over[self._names[module]] = why
             return
-        out, number = outs[0], self._counts.get(module, 0)
-        self._counts[module] = number + 1
-        walk = self._graph.walk(outs)
+        within = torch._C._current_autograd_node() if _recomputing() else None
+        out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
         call = Call(
-            module, self._names[module], number, self._pass, tuple(out.shape), out.requires_grad, tuple(walk.parents)
+            module,
+            self._names[module],
+            number,
+            number_of_pass,
+            tuple(out.shape),
+            out.requires_grad,
+            tuple(walk.parents),
+            order,
+            within,
+            tuple(walk.through),
         )
         self._graph.read(walk, call)
         self._calls.append(call)
@@ -224,6 +259,31 @@ class Recorder:
         for i, t in enumerate(outs):
             if t.requires_grad:
                 self._await(call, i, t)
+
+    def _place(self, module: nn.Module) -> tuple[int, int, int] | None:
+        """(pass, place in the order of execution, which call of this module) of a call to be recorded; else None.
+
+        A call without gradient inside the forward pass keeps its place: a reentrant checkpoint calls again, with
+        gradient, when the backward comes there.
+        """
+        if _recomputing():
+            waiting = self._waiting.get(module)
+            return waiting.popleft() if waiting and torch.is_grad_enabled() else None
+        if not self._is_ours():
+            self._passed_over[self._names[module]] = "called from another thread only"
+            return None
+        if not torch.is_grad_enabled():
+            self._passed_over[self._names[module]] = "called without gradient only"
+            if not self._inside:
+                return None
+        self._order += 1
+        number = self._counts.get(module, 0)
+        self._counts[module] = number + 1
+        place = self._pass, self._order, number
+        if torch.is_grad_enabled():
+            return place
+        self._waiting.setdefault(module, deque()).append(place)
+        return None
 
     def _await(self, call: Call, i: int, out: Tensor) -> None:
         """Measure the cotangent of the i-th output when it comes."""
@@ -252,7 +312,7 @@ class Recorder:
 
     def _measure_input(self, call: Call, x: Tensor) -> None:
         """What no watched call gave out as it is: the data, an activation that was a function call, anything else."""
-        if not call.parents:
+        if not call.parents and not call.through:
             self._measure(call, "x", x)
             return
         if not x.requires_grad:
@@ -261,10 +321,12 @@ class Recorder:
             if self._graph.made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another output than the one measured
                 self._measure(call, "x", x)
             return  # what arrives here is the cotangent of a watched output, seen there
-        below, rule = call.parents[0], rule_that_made(x)
+        if is_checkpoint(x.grad_fn) if x.grad_fn is not None else call.within is not None:
+            return  # so it is at either end of a checkpoint
         owner: Call | None = None
-        if rule is not None and len(call.parents) == 1 and below.tensor == "z" and "a_norm" not in below.values:
-            owner = below
+        rule, alone = rule_that_made(x), len(call.parents) == 1 and not call.through
+        if rule is not None and alone and call.parents[0].tensor == "z" and "a_norm" not in call.parents[0].values:
+            owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
             self._measure(below, "a", x)
             kept = kept_by(x, rule)
@@ -380,6 +442,7 @@ class Recorder:
 
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
+        self._calls.sort(key=lambda call: (call.backward, call.order))
         self._keep_trained_passes()
         gaps = self._reduce_weights(no_update)
         group = self.optimizers[0].param_groups[0] if self.optimizers else {}
@@ -388,6 +451,7 @@ class Recorder:
         tables = [table for call in self._calls for table in (call.values, call.edges)]
         losses = self._read([*tables, *self._scales.told.values(), rate])
         self._divide_scales_out()
+        self._join_checkpoints()
         ways, more = derive(self._calls, self._given)
         gaps += more
         gaps += [
@@ -419,6 +483,14 @@ class Recorder:
             self._calls = [call for call in self._calls if call.backward in number]
             for call in self._calls:
                 call.backward = number[call.backward]
+
+    def _join_checkpoints(self) -> None:
+        """Whoever reads a reentrant checkpoint reads the last call inside it."""
+        last = {call.within: call for call in self._calls if call.within is not None}
+        for call in self._calls:
+            ends = [last[checkpoint] for checkpoint in call.through if checkpoint in last]
+            call.parents = tuple(dict.fromkeys((*call.parents, *ends)))
+        self._given |= {last[checkpoint]: None for checkpoint in self._given_through if checkpoint in last}
 
     def _divide_scales_out(self) -> None:
         """Cotangents as those of the told loss itself."""

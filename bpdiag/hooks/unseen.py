@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from bpdiag.config import UsageError
 from bpdiag.hooks.call import is_leaf
 
 
@@ -14,7 +15,7 @@ def unseen(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     seen: Collection[str],
-    without_gradient: Collection[str],
+    passed_over: Mapping[str, str],
 ) -> list[dict[str, str]]:
     """``{"what": module or parameter, "name": ..., "reason": ...}``, in the order of the model.
 
@@ -22,12 +23,12 @@ def unseen(
         model: the watched one.
         optimizers: those given.
         seen: names of the modules in the layer table.
-        without_gradient: names of the modules that were called where no gradient is recorded.
+        passed_over: name of a module that was called without being recorded -> why.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
-        >>> [line["name"] for line in unseen(model, [optimizer], ["0"], [])]
+        >>> [line["name"] for line in unseen(model, [optimizer], ["0"], {})]
         ['1', '1.weight', '1.bias']
     """
     found = []
@@ -35,7 +36,7 @@ def unseen(
         if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and name in seen:
             found.append({"what": "module", "name": name, "reason": "fused: not visible inside"})
         if name not in seen and is_leaf(module) and not isinstance(module, nn.Identity):
-            found.append({"what": "module", "name": name, "reason": _why(module, name in without_gradient)})
+            found.append({"what": "module", "name": name, "reason": passed_over.get(name) or _why(module)})
     if optimizers:
         owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for name, p in model.named_parameters():
@@ -48,9 +49,25 @@ def unseen(
     return found
 
 
-def _why(module: nn.Module, without_gradient: bool) -> str:
-    if without_gradient:
-        return "called without gradient only"
+def refuse(model: nn.Module) -> None:
+    """A model that cannot be watched is refused by name.
+
+    Raises:
+        UsageError: It is scripted, quantized, or spread over devices by threads.
+    """
+    for name, module in model.named_modules():
+        kind, where = type(module), f"model{'.' if name else ''}{name}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(f"{where}: {kind.__name__} is scripted and takes no hooks; watch it before torch.jit does")
+        if isinstance(module, nn.DataParallel):
+            raise UsageError(
+                f"{where}: DataParallel runs copies in threads; watch its module, or use DistributedDataParallel"
+            )
+        if kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise UsageError(f"{where}: {kind.__name__} is quantized and has no gradient; watch the float model")
+
+
+def _why(module: nn.Module) -> str:
     if any(p.grad is not None for p in module.parameters(recurse=False)):
         return "never called as a module: another one uses its parameters itself"
     return "never called"
