@@ -1,10 +1,13 @@
 """What was not seen is listed with its reason; what was is not."""
 
+from threading import Thread
+
 import pytest
 import torch
 from torch import nn
 
 from bpdiag import Trace, diagnosis, watch
+from bpdiag.config import UsageError
 
 torch.set_num_threads(1)
 
@@ -81,3 +84,74 @@ def test_a_frozen_parameter_is_in_no_need_of_an_optimizer():
 def test_of_a_model_that_was_seen_whole_nothing_is_listed(log, tmp_path):
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
     assert listed(model, model.parameters(), tmp_path if log else None)[0] == {}
+
+
+def test_a_call_under_torch_func_is_listed_with_that_reason():
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (X,)).square().mean()
+
+    with watch(model) as watching:
+        torch.func.grad(loss)(dict(model.named_parameters()))
+        watching.step()
+    reasons = {line["reason"] for line in watching.trace.meta["unseen"]}
+    assert reasons == {"called under torch.func, whose tensors take no hooks"}
+
+
+def test_another_threads_calls_are_not_mixed_in():
+    """Two threads train copies of nothing: one model, one recorded step, the first caller's."""
+    model, other = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2)), 2 * X
+    with watch(model) as watching:
+        model(X).square().mean().backward()
+        thread = Thread(target=lambda: model(other).square().mean().backward())
+        thread.start()
+        thread.join()
+        watching.step()
+    alone = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2))
+    alone.load_state_dict(model.state_dict())
+    with watch(alone) as expected:
+        alone(X).square().mean().backward()
+        expected.step()
+    (first, second), (one, two) = (
+        [r["g_z_norm"] for r in watched.trace.to_arrow().to_pylist()] for watched in (watching, expected)
+    )
+    assert (first, second) == (one, two)
+
+
+def test_a_module_that_only_another_thread_calls_is_listed_so():
+    model = nn.ModuleDict({"here": nn.Linear(16, 2), "there": nn.Linear(16, 2)})
+    with watch(model) as watching:
+        model["here"](X).sum().backward()
+        thread = Thread(target=lambda: model["there"](X).sum().backward())
+        thread.start()
+        thread.join()
+        watching.step()
+    assert watching.trace.meta["unseen"] == [
+        {"what": "module", "name": "there", "reason": "called from another thread only"}
+    ]
+
+
+# ---- refused by name --------------------------------------------------------------------------------------
+
+
+class Quantized(nn.Linear):
+    __module__ = "torch.ao.nn.quantized.modules.linear"
+
+
+REFUSED = {
+    "scripted": (lambda: torch.jit.script(nn.Linear(2, 2)), "scripted and takes no hooks"),
+    "scripted inside": (lambda: nn.Sequential(torch.jit.script(nn.Linear(2, 2))), r"model\.0: .* is scripted"),
+    "data parallel": (lambda: nn.DataParallel(nn.Linear(2, 2)), "DataParallel runs copies in threads"),
+    "quantized": (lambda: nn.Sequential(Quantized(2, 2)), r"model\.0: Quantized is quantized and has no gradient"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_what_cannot_be_watched_is_refused_by_name(name):
+    make, message = REFUSED[name]
+    model = make()
+    with pytest.raises(UsageError, match=message), watch(model):
+        pass
+    assert not any(m._forward_hooks for m in model.modules() if not isinstance(m, torch.jit.ScriptModule))
