@@ -52,11 +52,13 @@ def watch(
     changes no result by a bit, and leaving the block, also by an exception, leaves the model as it was.
 
     Args:
-        model: any module, run eagerly.
+        model: any module.  What torch.compile made of it, or of parts of it, runs eagerly on the steps measured, and
+            equal to the compiled one within rounding.
         optimizer: one, several, or none.
         every: N; on the other steps no module has a hook.
         planned_steps: the length of the training, by which harm is judged; 1,000 where it is not given.
         log: a folder for the trace, TensorBoard's event file and, on leaving, findings.json and summary.json.
+            Of several processes each needs its own.
         histograms: also of every layer's output, weights and their gradients, for TensorBoard; of the finite numbers,
             the others are counted.
         scaler: the gradient scaler that steps the optimizers, so that skipped steps are known.
@@ -90,6 +92,12 @@ def watch(
     return Watch(model, optimizers, every, planned_steps, log, histograms, scaler)
 
 
+def _processes() -> dict[str, int]:
+    """Which process of how many this is, where there are several."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {"rank": torch.distributed.get_rank(), "processes": torch.distributed.get_world_size()} if there else {}
+
+
 class Watch:
     """What ``watch`` returns: a context manager that measures while its block runs."""
 
@@ -118,11 +126,13 @@ class Watch:
             "planned_steps": planned_steps,
             "optimizer": hooks.describe(optimizers),
             "model": type(model).__name__,
+            **_processes(),
             "provenance": {
                 "steps": "sampled: 0, N, 2N, ... with N = every; the loss of every step that told it",
                 "cotangents": "of the loss told before its backward: its scale (loss_scale of a step) is divided out; "
                 "where that is null the scale is unknown and they are as the backward delivers them",
-                "weight_gradients": "as the optimizer meets them; local to this process",
+                "weight_gradients": "g_W_norm as the optimizer meets them, averaged where a wrapper averages over "
+                "processes; g_W_raw_norm as the backward of this process left them; of a sharded weight the whole's",
                 "passes": "several forward passes in a step are kept apart as backward 0, 1, ...",
             },
             "versions": {

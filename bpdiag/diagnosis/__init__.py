@@ -110,7 +110,8 @@ def _changed_gradients(trace: Trace) -> str:
             share = float(np.linalg.norm(after[at][both]) / np.linalg.norm(before[at][both]))
             if math.isclose(share, 1, rel_tol=1e-6):
                 return ""
-            why = "clipping, or a scaler that watch was not given"
+            averaged = trace.meta.get("processes", 1) > 1
+            why = "averaging over processes" if averaged else "clipping, or a scaler that watch was not given"
             step = trace.sampled_steps[at]
             return f"between backward and step gradients changed, at step {step} to {share:.2g} of their norm ({why})"
     return ""

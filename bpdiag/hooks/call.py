@@ -47,13 +47,12 @@ class Call:
     def __post_init__(self) -> None:
         self.rule = rule_of(self.module)
         self.tensor = "a" if self.rule or is_activation(self.module) else "z"
-        self.kind = self.rule.name if self.rule else type(self.module).__name__.lower()
+        self.kind = self.rule.name if self.rule else type(self.module).__name__.removeprefix("FSDP").lower()
         self.r = (
             self.rule.r
             if self.rule
             else next((r.r for r in ACTIVATIONS.values() if type(self.module) is r.oracle), None)
         )
-        self.weight = weight_of(self.module)
         self.fan_in = fan_in(self.module)
         self.axis = self._axis()
 
@@ -67,6 +66,11 @@ class Call:
             return -1
         alike = [p.axis for p in self.parents if len(p.shape) == len(self.shape)]
         return alike[0] if alike else (-1 if len(self.shape) == 3 else 1 - len(self.shape))
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """As it is now: a sharded module has another one in its forward pass than its optimizer has."""
+        return weight_of(self.module)
 
     @property
     def units(self) -> int | None:

@@ -19,7 +19,7 @@ from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
-from bpdiag.hooks.unseen import refuse, unseen
+from bpdiag.hooks.unseen import named_modules, refuse, unseen
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
@@ -147,7 +147,7 @@ class Recorder:
             return
         if "torch._dynamo" in sys.modules:  # what is compiled runs as it is written in this step: hooks fire there
             self._eager = torch.compiler.set_stance("force_eager")
-        self._names = {module: name.replace("_orig_mod.", "") for name, module in self.model.named_modules()}
+        self._names = {module: name for name, module in named_modules(self.model)}
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
         for module in self._names:
             if is_leaf(module):
@@ -511,6 +511,9 @@ class Recorder:
         }
         whole: list[dict[Any, Any]] = [*tables, told]
         places = [(table, key) for table in whole for key, value in table.items() if isinstance(value, Tensor)]
+        for table, key in places:
+            if hasattr(table[key], "full_tensor"):  # of a sharded tensor: the norm of the whole, on every process
+                table[key] = table[key].full_tensor()
         by_device: dict[torch.device, list[tuple[Any, Any]]] = {}
         for table, key in places:
             by_device.setdefault(table[key].device, []).append((table, key))

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import is_leaf
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by the names they have without the wrappers of torch.compile and DistributedDataParallel.
+
+    Example:
+        >>> [name for name, _ in named_modules(torch.compile(nn.Sequential(nn.ReLU())))]
+        ['', '', '0']
+    """
+    spread = isinstance(model, nn.parallel.DistributedDataParallel)
+    for name, module in model.named_modules():
+        plain = re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix(".")
+        yield (re.sub(r"^module(\.|$)", "", plain) if spread else plain), module
 
 
 def unseen(
@@ -32,7 +46,7 @@ def unseen(
         ['1', '1.weight', '1.bias']
     """
     found = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and name in seen:
             found.append({"what": "module", "name": name, "reason": "fused: not visible inside"})
         if name not in seen and is_leaf(module) and not isinstance(module, nn.Identity):
