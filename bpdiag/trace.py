@@ -53,6 +53,7 @@ COLUMNS: dict[str, str] = {
     "g_a_rms": "the same per element",
     "W_rms": "rms of the layer's weight before the step",
     "g_W_norm": "l2 norm of dL/dW as the optimizer meets it",
+    "g_W_raw_norm": "the same as the backward left it, before clipping; a known scaler's factor divided out",
     "dW_rms": "rms of W after the step - W before it",
     "update_ratio": "dW_rms / W_rms",
     "forward_gain": "z_rms over that of the weight layer below (x_rms for the first)",
@@ -136,6 +137,8 @@ class Sample:
     missing: list[tuple[int, str, str]] = field(default_factory=list)  # (index into layers, column, reason)
     # (index into layers, tensor, [low, high, not finite, counts ...]), where asked for; for a dashboard, not kept
     histograms: list[tuple[int, str, list[float]]] = field(default_factory=list)
+    loss_scale: float | None = None  # what the cotangents were divided by; None: unknown, they are as delivered
+    skipped: Sequence[int] = ()  # steps since the last sample that a gradient scaler skipped
 
 
 class Sink(Protocol):
@@ -248,6 +251,12 @@ class Trace:
         steps = self.steps_table.filter(pa.compute.is_valid(self.steps_table["loss"]))
         return steps["step"].to_numpy(), steps["loss"].to_numpy()
 
+    @property
+    def skipped(self) -> np.ndarray:
+        """(S,) bool: the sampled steps that a gradient scaler skipped."""
+        told = self.steps_table.filter(pa.compute.is_valid(self.steps_table["skipped"]))["step"].to_numpy()
+        return np.isin(self.sampled_steps, told)
+
     def value(self, column: str, row: int, at: int) -> float | None:
         """Of layer ``row``, the ``at``-th sampled step, the first backward; None where it is missing."""
         values, there = self.column(column)
@@ -311,7 +320,15 @@ _ROWS = pa.schema(
     + [(name, pa.float64()) for name in COLUMNS]
     + [("edge_gain", pa.list_(pa.float64()))]
 )
-_STEPS = pa.schema([("step", pa.int64()), ("loss", pa.float64()), ("learning_rate", pa.float64())])
+_STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("loss", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("loss_scale", pa.float64()),
+        ("skipped", pa.bool_()),  # true or null
+    ]
+)
 _MISSING = pa.schema(
     [
         ("layer", pa.string()),
@@ -372,6 +389,10 @@ class TraceWriter:
             self._steps.setdefault(step, {"step": step})["loss"] = loss
         if sample.learning_rate is not None:
             self._steps.setdefault(sample.step, {"step": sample.step})["learning_rate"] = sample.learning_rate
+        if sample.loss_scale is not None:
+            self._steps.setdefault(sample.step, {"step": sample.step})["loss_scale"] = sample.loss_scale
+        for step in sample.skipped:
+            self._steps.setdefault(step, {"step": step})["skipped"] = True
         for index, column, reason in sample.missing:
             layer = self.layers[index]
             spans = self._missing.setdefault((layer.name, layer.call, column, reason), [])

@@ -144,7 +144,9 @@ def test_losses_keep_nan_and_leave_out_what_was_not_told():
     assert losses[4] == INF
     rate = Trace.build(LAYERS, [replace(sample(7), losses=[])])
     assert rate.losses[0].tolist() == []
-    assert rate.steps_table.to_pylist() == [{"step": 7, "loss": None, "learning_rate": 0.1}]
+    assert rate.steps_table.to_pylist() == [
+        {"step": 7, "loss": None, "learning_rate": 0.1, "loss_scale": None, "skipped": None}
+    ]
 
 
 # ---- layout ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bpdiag import statistics
 from bpdiag.hooks.call import Call
@@ -27,6 +27,7 @@ class Walk:
 
     parents: dict[Call, None] = field(default_factory=dict)
     crossed: list[tuple[Place, Edge | None]] = field(default_factory=list)  # without an edge: handed on as it is
+    through: dict[Any, None] = field(default_factory=dict)  # reentrant checkpoints in whose insides it ends
 
 
 class Graph:
@@ -35,9 +36,10 @@ class Graph:
     def __init__(self) -> None:
         self.made_by: dict[Place, Call] = {}
         self._readers: dict[Place, dict[Edge | None, dict[Call | None, None]]] = {}
+        self._below: dict[Any, Walk] = {}  # a checkpoint -> what its input was computed from
 
-    def walk(self, outs: Iterable[Tensor]) -> Walk:
-        """Down from ``outs``."""
+    def walk(self, outs: Iterable[Tensor], within: Any = None) -> Walk:
+        """Down from ``outs``; ``within`` the checkpoint whose recomputation made them, if one did."""
         walk = Walk()
         for out in outs:
             if out.grad_fn is None:
@@ -45,22 +47,40 @@ class Graph:
             if (out.grad_fn, out.output_nr) in self.made_by:
                 walk.parents[self.made_by[out.grad_fn, out.output_nr]] = None
                 walk.crossed.append(((out.grad_fn, out.output_nr), None))
-                continue
-            seen, stack = {out.grad_fn}, [out.grad_fn]
-            while stack and len(seen) < MOST_NODES:
-                above = stack.pop()
-                # edges to a node already seen still count: another of its outputs may be a watched one
-                for i, (node, number) in enumerate(above.next_functions):
-                    if node is None:
-                        continue
-                    if not hasattr(node, "variable"):  # a weight that two calls share is no place where ways part
-                        walk.crossed.append(((node, number), (above, i)))
-                    if (node, number) in self.made_by:
-                        walk.parents[self.made_by[node, number]] = None
-                    elif node not in seen:
-                        seen.add(node)
-                        stack.append(node)
+            elif is_checkpoint(out.grad_fn):
+                self._end_at(out.grad_fn, walk)
+            else:
+                self._descend(out.grad_fn, walk, self._below.get(within))
         return walk
+
+    def _descend(self, top: Any, walk: Walk, entry: Walk | None = None) -> None:
+        """Extend ``walk`` by all that lies below a node; ``entry`` lies below what a recomputation began with."""
+        seen, stack = {top}, [top]
+        while stack and len(seen) < MOST_NODES:
+            above = stack.pop()
+            # edges to a node already seen still count: another of its outputs may be a watched one
+            for i, (node, number) in enumerate(above.next_functions):
+                if node is None:
+                    continue
+                if hasattr(node, "variable"):  # a weight, or what a checkpoint detached
+                    if entry is not None and not isinstance(node.variable, nn.Parameter):
+                        walk.parents |= entry.parents
+                        walk.through |= entry.through
+                    continue
+                walk.crossed.append(((node, number), (above, i)))
+                if (node, number) in self.made_by:
+                    walk.parents[self.made_by[node, number]] = None
+                elif is_checkpoint(node):
+                    self._end_at(node, walk)
+                elif node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+
+    def _end_at(self, checkpoint: Any, walk: Walk) -> None:
+        walk.through[checkpoint] = None
+        if checkpoint not in self._below:
+            self._below[checkpoint] = below = Walk()
+            self._descend(checkpoint, below)
 
     def read(self, walk: Walk, reader: Call | None) -> None:
         """``reader``, or None for who reads the model's output, stands at the upper end of ``walk``."""
@@ -93,6 +113,11 @@ class Graph:
         shared = [set(reader.parents) for reader in readers if reader]
         below = set.intersection(*shared) if shared else set()
         return below.pop() if len(below) == 1 else None
+
+
+def is_checkpoint(node: Any) -> bool:
+    """Whether a node of the graph is a reentrant checkpoint: its inside is computed, with a graph, in the backward."""
+    return bool(node.name() == "CheckpointFunctionBackward")
 
 
 def _measure(reader: Call, source: Call, node: Any, i: int) -> None:
