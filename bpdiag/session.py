@@ -42,23 +42,29 @@ def watch(
     planned_steps: int | None = None,
     log: str | os.PathLike[str] | None = None,
     histograms: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Watch:
     """Measure every layer of ``model`` on steps 0, N, 2N, ... of the block.
 
-    A step ends when the optimizer (the last one of several) has stepped, without one at ``watch.step()``.  Watching
+    A step ends when the optimizer (the last one of several) has stepped, without one at ``watch.step()``, with a
+    gradient scaler at its ``update``, also where it skipped the step.  A loss that is told (``watch.loss``) before its
+    backward tells its scale too, which is divided out of the cotangents and kept as ``loss_scale``.  Watching
     changes no result by a bit, and leaving the block, also by an exception, leaves the model as it was.
 
     Args:
-        model: any module, run eagerly.
+        model: any module.  What torch.compile made of it, or of parts of it, runs eagerly on the steps measured, and
+            equal to the compiled one within rounding.
         optimizer: one, several, or none.
         every: N; on the other steps no module has a hook.
         planned_steps: the length of the training, by which harm is judged; 1,000 where it is not given.
         log: a folder for the trace, TensorBoard's event file and, on leaving, findings.json and summary.json.
+            Of several processes each needs its own.
         histograms: also of every layer's output, weights and their gradients, for TensorBoard; of the finite numbers,
             the others are counted.
+        scaler: the gradient scaler that steps the optimizers, so that skipped steps are known.
 
     Raises:
-        UsageError: ``every`` or ``planned_steps`` is below 1, or an optimizer is none.
+        UsageError: ``every`` or ``planned_steps`` is below 1, or an optimizer or a scaler is none.
         TraceError: ``log`` already holds a run.
 
     Example:
@@ -81,7 +87,15 @@ def watch(
         whole = hasattr(type(value), "__index__") and not isinstance(value, bool)  # numpy's integers too
         if value is not None and not (whole and value >= 1):
             raise UsageError(f"{name}={value!r}: must be a whole number, 1 or more")
-    return Watch(model, optimizers, every, planned_steps, log, histograms)
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise UsageError(f"scaler: a torch.amp.GradScaler or None; got {type(scaler).__name__}")
+    return Watch(model, optimizers, every, planned_steps, log, histograms, scaler)
+
+
+def _processes() -> dict[str, int]:
+    """Which process of how many this is, where there are several."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {"rank": torch.distributed.get_rank(), "processes": torch.distributed.get_world_size()} if there else {}
 
 
 class Watch:
@@ -95,8 +109,9 @@ class Watch:
         planned_steps: int | None,
         log: str | os.PathLike[str] | None,
         histograms: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self._log, self._histograms = log, histograms and log is not None
+        self._log, self._histograms, self._scaler = log, histograms and log is not None, scaler
         self._open: Callable[[], None] = lambda: self._begin(model, optimizers, every, planned_steps)
         self._recorder: hooks.Recorder | None = None
         self._closed = False
@@ -111,10 +126,13 @@ class Watch:
             "planned_steps": planned_steps,
             "optimizer": hooks.describe(optimizers),
             "model": type(model).__name__,
+            **_processes(),
             "provenance": {
                 "steps": "sampled: 0, N, 2N, ... with N = every; the loss of every step that told it",
-                "cotangents": "as the backward delivers them: a loss scale is not divided out",
-                "weight_gradients": "as the optimizer meets them; local to this process",
+                "cotangents": "of the loss told before its backward: its scale (loss_scale of a step) is divided out; "
+                "where that is null the scale is unknown and they are as the backward delivers them",
+                "weight_gradients": "g_W_norm as the optimizer meets them, averaged where a wrapper averages over "
+                "processes; g_W_raw_norm as the backward of this process left them; of a sharded weight the whole's",
                 "passes": "several forward passes in a step are kept apart as backward 0, 1, ...",
             },
             "versions": {
@@ -126,7 +144,7 @@ class Watch:
         self._writer = TraceWriter(self._log, meta)
         self._board = TensorBoardWriter(self._log) if self._log is not None else None
         sinks = [s for s in (self._writer, self._board) if s]
-        self._recorder = hooks.Recorder(model, optimizers, sinks, every, self._histograms)
+        self._recorder = hooks.Recorder(model, optimizers, sinks, every, self._histograms, self._scaler)
         self._recorder.start()
 
     def __enter__(self) -> Watch:
@@ -141,6 +159,7 @@ class Watch:
         self._closed = True
         try:
             self._running().stop()
+            self._writer.meta["unseen"] = self._running().unseen()
             self._writer.close()
             if self._board is not None and self._log is not None:
                 findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []

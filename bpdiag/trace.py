@@ -53,6 +53,7 @@ COLUMNS: dict[str, str] = {
     "g_a_rms": "the same per element",
     "W_rms": "rms of the layer's weight before the step",
     "g_W_norm": "l2 norm of dL/dW as the optimizer meets it",
+    "g_W_raw_norm": "the same as the backward left it, before clipping; a known scaler's factor divided out",
     "dW_rms": "rms of W after the step - W before it",
     "update_ratio": "dW_rms / W_rms",
     "forward_gain": "z_rms over that of the weight layer below (x_rms for the first)",
@@ -130,12 +131,14 @@ class Sample:
 
     step: int
     layers: Sequence[Layer]  # the whole table so far
-    rows: list[tuple[int, int, dict[str, float]]]  # (backward, index into layers, column -> value)
+    rows: list[tuple[int, int, dict[str, Any]]]  # (backward, index into layers, column -> value)
     losses: list[tuple[int, float]]  # of all steps since the last sample
     learning_rate: float | None = None
     missing: list[tuple[int, str, str]] = field(default_factory=list)  # (index into layers, column, reason)
     # (index into layers, tensor, [low, high, not finite, counts ...]), where asked for; for a dashboard, not kept
     histograms: list[tuple[int, str, list[float]]] = field(default_factory=list)
+    loss_scale: float | None = None  # what the cotangents were divided by; None: unknown, they are as delivered
+    skipped: Sequence[int] = ()  # steps since the last sample that a gradient scaler skipped
 
 
 class Sink(Protocol):
@@ -152,7 +155,8 @@ class Sink(Protocol):
 class Trace:
     """A run's measurements in memory.
 
-    ``table`` has KEYS and every column of COLUMNS (float64, null where missing); ``steps`` has step, loss and
+    ``table`` has KEYS, every column of COLUMNS (float64, null where missing), and edge_gain, one number for each of the
+    layer's ``parents`` (see ``edges``); ``steps`` has step, loss and
     learning_rate; ``meta`` has what a judge must know: optimizer, planned_steps, every, provenance.
     """
 
@@ -247,6 +251,12 @@ class Trace:
         steps = self.steps_table.filter(pa.compute.is_valid(self.steps_table["loss"]))
         return steps["step"].to_numpy(), steps["loss"].to_numpy()
 
+    @property
+    def skipped(self) -> np.ndarray:
+        """(S,) bool: the sampled steps that a gradient scaler skipped."""
+        told = self.steps_table.filter(pa.compute.is_valid(self.steps_table["skipped"]))["step"].to_numpy()
+        return np.isin(self.sampled_steps, told)
+
     def value(self, column: str, row: int, at: int) -> float | None:
         """Of layer ``row``, the ``at``-th sampled step, the first backward; None where it is missing."""
         values, there = self.column(column)
@@ -258,6 +268,22 @@ class Trace:
         Of several forward passes in one step the first is taken.  Where not measured the value is nan.
         """
         return self.once(("column", name), lambda: self._column(name))
+
+    def edges(self, at: int) -> dict[tuple[int, int], float]:
+        """(reader, parent) -> |v| / |g|: what that edge of the graph carries of the reader's own cotangent.
+
+        Of the ``at``-th sampled step and its first backward, where measured: the edges of rows that read a place which
+        others read too.  Where the parent's output went through a function first, v is meant behind it.
+        """
+        (steps, lines), rows = self.once("places", self._places)
+        here = np.flatnonzero(steps == at)
+        told = self.table["edge_gain"].combine_chunks().take(rows.take(pa.array(here))).to_pylist()
+        return {
+            (int(line), parent): gain
+            for line, gains in zip(lines[here], told, strict=True)
+            for parent, gain in zip(self.layers[line].parents, gains or (), strict=False)
+            if gain is not None
+        }
 
     def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         at, rows = self.once("places", self._places)
@@ -292,8 +318,17 @@ class Trace:
 _ROWS = pa.schema(
     [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
     + [(name, pa.float64()) for name in COLUMNS]
+    + [("edge_gain", pa.list_(pa.float64()))]
 )
-_STEPS = pa.schema([("step", pa.int64()), ("loss", pa.float64()), ("learning_rate", pa.float64())])
+_STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("loss", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("loss_scale", pa.float64()),
+        ("skipped", pa.bool_()),  # true or null
+    ]
+)
 _MISSING = pa.schema(
     [
         ("layer", pa.string()),
@@ -354,6 +389,10 @@ class TraceWriter:
             self._steps.setdefault(step, {"step": step})["loss"] = loss
         if sample.learning_rate is not None:
             self._steps.setdefault(sample.step, {"step": sample.step})["learning_rate"] = sample.learning_rate
+        if sample.loss_scale is not None:
+            self._steps.setdefault(sample.step, {"step": sample.step})["loss_scale"] = sample.loss_scale
+        for step in sample.skipped:
+            self._steps.setdefault(step, {"step": step})["skipped"] = True
         for index, column, reason in sample.missing:
             layer = self.layers[index]
             spans = self._missing.setdefault((layer.name, layer.call, column, reason), [])

@@ -7,10 +7,9 @@ check must fail for the twins it names, so that it is known to be able to.  A mu
 import inspect
 import itertools
 import math
-import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.testing import assert_close
 
-from bpdiag.rules import RULES, Rule
+from bpdiag.rules import Rule
 
 torch.set_num_threads(1)
 
@@ -28,7 +27,6 @@ LOOSE = {"rtol": 1e-10, "atol": 1e-11, "equal_nan": True}  # sums of many produc
 EXAMPLES = range(36)  # generated shapes of a rule, by seed
 NARROW = (torch.float16, torch.bfloat16)
 CAUGHT = (AssertionError, GradcheckError, pytest.fail.Exception)
-BROKEN = (*CAUGHT, RuntimeError)  # a mutant may have no output or no gradient of the right shape at all
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     generate: Callable | None = None  # seed -> (tensors, settings) of any shape
     tolerance: dict[str, Any] = field(default_factory=lambda: TIGHT)
+    narrow: Callable | None = None  # as generate, for narrow numbers, where some shapes leave no digit
     any_dtype: bool = False  # of the rule's tensors: it moves numbers of every kind
 
     def arguments(self, tensors):
@@ -59,9 +58,9 @@ class Case:
     def theirs(self, *tensors):
         return self.oracle(*tensors, **self.settings)
 
-    def example(self, seed):
+    def example(self, seed, narrow=False):
         """The case on a generated shape, and the tensors: plain, with gaps, columns first, or one row repeated."""
-        tensors, settings = self.generate(seed)
+        tensors, settings = (self.narrow if narrow and self.narrow else self.generate)(seed)
         one = replace(self, settings=settings, tolerance=LOOSE)
         return one, laid(tensors, LAYOUTS[seed % len(LAYOUTS)])
 
@@ -107,7 +106,7 @@ class Suite:
 
     def assert_caught(self, function, twin):
         torch.manual_seed(0)
-        with pytest.raises(BROKEN):
+        with pytest.raises(CAUGHT):
             function(replace(self.cases[twin.name], rule=twin))
 
     def missed(self, mutants):
@@ -126,104 +125,9 @@ class Suite:
 def caught(function, case):
     try:
         function(case)
-    except BROKEN:
+    except CAUGHT:
         return True
     return False
-
-
-def mutant(name, fault, old, new):
-    """A rule as its file would have it with one place changed; the place must be there, once."""
-    module = RULES[name].__module__
-    source = Path(sys.modules[module].__file__).read_text()
-    assert source.count(old) == 1, f"{name}, {fault}: {source.count(old)} times in the source: {old}"
-    names = {"__name__": module}
-    exec(compile(source.replace(old, new), f"<{name}: {fault}>", "exec"), names)
-    (rule,) = [t for t in names.values() if isinstance(t, type) and t.__dict__.get("name") == name]
-    rule.__name__ = f"{name}: {fault}"
-    return rule
-
-
-def narrow_sums(name):
-    """The rule without ``wide``."""
-    source = "from bpdiag.rules.function import Rule, wide\n"
-    return mutant(name, "sums in narrow numbers", source, source.replace(", wide", "") + "wide = lambda t: t\n")
-
-
-def twin(rule, fault, vjp=None, keeps=None, forward=None):
-    """The rule with another vjp, keeps or forward."""
-    body = {"forward": forward or rule.forward, "vjp": vjp or rule.vjp}
-    if keeps:
-        body["keeps"] = classmethod(lambda cls, *args: keeps(*args))
-    return type(f"{rule.name}: {fault}", (rule,), body)
-
-
-def spoiled(rule, fault, place, spoil):
-    """The rule with a fault in one cotangent of several."""
-
-    def vjp(*kept, needs):
-        grads = rule.vjp(*kept, needs=needs)
-        return tuple([spoil(t) if i == place and t is not None else t for i, t in enumerate(grads)])
-
-    return twin(rule, fault, vjp)
-
-
-def sound(rule):
-    return twin(rule, "no fault")
-
-
-def unsteady(rule):
-    """A vjp of the right value, whose own derivative in g has the wrong sign."""
-    return twin(rule, "unsteady", vjp=lambda g, *kept, needs: rule.vjp(2 * g.detach() - g, *kept, needs=needs))
-
-
-def eager(rule):
-    """Computes what nobody asked for."""
-    return twin(rule, "eager", vjp=lambda *args, needs: rule.vjp(*args))
-
-
-def doubled(rule):
-    """Casts its cotangents."""
-
-    def vjp(*args, needs):
-        return tuple(t if t is None else t.double() for t in rule.vjp(*args, needs=needs))
-
-    return twin(rule, "cotangents in float64", vjp=vjp)
-
-
-def coarse(rule):
-    """Rounds to bfloat16 on its way, which in float16 is up to four spacings."""
-
-    def vjp(*args, needs):
-        return tuple(t if t is None else t.bfloat16().to(t.dtype) for t in rule.vjp(*args, needs=needs))
-
-    return twin(rule, "coarse", vjp)
-
-
-def greedy(rule):
-    """Keeps its output besides."""
-
-    def vjp(g, output, *kept, needs):
-        return rule.vjp(g, *kept, needs=needs)
-
-    def keeps(inputs, output, needs):
-        return output, *rule.keeps(inputs, output, needs)
-
-    return twin(rule, "greedy", vjp, keeps)
-
-
-def viewing(rule):
-    """Returns a view, which autograd lets nobody change in place."""
-    return twin(rule, "a view", forward=with_signature(rule, lambda *args: rule.forward(*args)[...]))
-
-
-def unchecked(rule, forward):
-    """Torch's own function, with torch's own errors."""
-    return twin(rule, "unchecked", forward=with_signature(rule, forward))
-
-
-def with_signature(rule, forward):
-    forward.__signature__ = inspect.signature(rule.forward)
-    return forward
 
 
 # ---- drawing and running ----
@@ -339,11 +243,16 @@ def spacings_off(ours, exact, dtype):
     return most
 
 
+def rounded(case, dtype):
+    """The case with its settings in a dtype."""
+    return replace(case, settings={k: in_dtype(v, dtype) for k, v in case.settings.items()})
+
+
 def narrow_errors(case, tensors, dtype):
     """Ours and torch's own, both of float64 on the same narrow numbers."""
     tensors = tuple(in_dtype(t, dtype) for t in tensors)
-    narrow = replace(case, settings={k: in_dtype(v, dtype) for k, v in case.settings.items()})
-    exact = replace(case, settings={k: in_dtype(v, torch.float64) for k, v in narrow.settings.items()})
+    narrow = rounded(case, dtype)
+    exact = rounded(narrow, torch.float64)
     wide = tuple(in_dtype(t, torch.float64) for t in tensors)
     g = cotangent_of(exact.theirs(*wide)).to(dtype)
     whole = outcome(exact.theirs, wide, g.double())
@@ -375,8 +284,17 @@ def torch_on_generated_shapes(case):
     for seed in EXAMPLES:
         one, tensors = case.example(seed)
         assert_same(one, tensors)
-        ours, theirs = twice(one.ours, tensors), twice(one.theirs, tensors)
-        assert_close(ours, theirs, **one.tolerance, msg=told(one, tensors))
+        if one.theirs(*tensors).isfinite().all():  # of nan there is no second gradient
+            ours, theirs = twice(one.ours, tensors), twice(one.theirs, tensors)
+            assert_close(ours, theirs, **one.tolerance, msg=told(one, tensors))
+
+
+def finite_differences_on_generated_shapes(case):
+    for seed in EXAMPLES[1::3]:  # every third may lie on a kink
+        one, tensors = case.example(seed)
+        if all(t.numel() for t in floats(tensors)):
+            assert gradcheck(one.ours, leaves(tensors), fast_mode=True)
+            assert gradgradcheck(one.ours, leaves(tensors), fast_mode=True)
 
 
 def vjp_alone_is_torchs_and_none_where_not_asked_for(case):
@@ -403,7 +321,8 @@ def keeps_no_more_than_torch(case):
     for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
         for needs in every_need(tensors):
             ours, theirs = (kept_bytes(f, leaves(tensors, needs)) for f in (one.ours, one.theirs))
-            assert ours <= theirs or not tensors[0].numel(), told(one, tensors)(str(needs))  # empty: a short cut there
+            short_cut = case.rule.name == "batch_norm" and not tensors[0].numel()  # torch's, of an empty batch
+            assert ours <= theirs or short_cut, told(one, tensors)(f"{ours} bytes, torch {theirs}; {needs}")
 
 
 def vmap_equals_a_loop(case):
@@ -436,7 +355,10 @@ def vmap_equals_a_loop(case):
         alone = tuple([t if i == k else t[0] for i, t in enumerate(stack)])
         ways.append((alone, tuple([0 if i == k else None for i in range(n)])))
     for inputs, dims in ways:
-        assert_close(mapped(inputs, dims), loop(inputs, dims), **case.tolerance)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "An output with one or more elements was resized")  # torch's own prelu
+            ours = mapped(inputs, dims)
+        assert_close(ours, loop(inputs, dims), **case.tolerance)
 
 
 def autocast_keeps_gradients_float32(case):
@@ -477,7 +399,7 @@ def any_precision(case):
 
 
 def narrow_numbers_are_as_near_as_torchs(case):
-    for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
+    for one, tensors in [(case, case.inputs(0)), *[case.example(seed, narrow=True) for seed in EXAMPLES]]:
         for dtype in NARROW:
             ours, theirs = narrow_errors(one, tensors, dtype)
             far = f"{dtype}: {ours:.2f} spacings off, torch's own {theirs:.2f}"
@@ -485,28 +407,39 @@ def narrow_numbers_are_as_near_as_torchs(case):
 
 
 def apply_alone_casts_a_cotangent(case):
-    tensors = tuple(in_dtype(t, torch.bfloat16) for t in case.inputs(0))
-    arguments = case.arguments(tensors)
-    needs = tuple([is_float(t) and any(t is u for u in tensors) for t in arguments])
-    out = case.rule.forward(*arguments)
-    alone = case.rule.pull_back(torch.ones_like(out), case.rule.keeps(arguments, out, needs), needs)
-    assert {t.dtype for t in alone if t is not None} <= {torch.bfloat16, torch.float32}
-    assert {t.dtype for t in outcome(case.ours, tensors)} == {torch.bfloat16}
+    for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
+        one, tensors = rounded(one, torch.bfloat16), tuple(in_dtype(t, torch.bfloat16) for t in tensors)
+        arguments = one.arguments(tensors)
+        needs = tuple([is_float(t) and any(t is u for u in tensors) for t in arguments])
+        out = one.rule.forward(*arguments)
+        alone = one.rule.pull_back(torch.ones_like(out), one.rule.keeps(arguments, out, needs), needs)
+        assert {t.dtype for t in alone if t is not None} <= {torch.bfloat16, torch.float32}
+        assert {t.dtype for t in outcome(one.ours, tensors)} == {torch.bfloat16}
 
 
 def inputs_and_output_stay_apart(case):
-    """What is done to the output in place reaches no input, and autograd allows it."""
+    """What is done to the output in place reaches no input, and autograd allows it, unless a slope needs the output."""
+
+    def doubled_in_place(function, inputs):
+        out = function(*inputs)
+        out.mul_(2)
+        try:
+            return torch.autograd.grad(out, floats(inputs), cotangent_of(out))
+        except RuntimeError:
+            return None
+
     for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
         inputs = leaves(tensors)
-        expected = torch.autograd.grad(2 * one.theirs(*inputs), floats(inputs), cotangent_of(one.theirs(*inputs)))
-        out = one.ours(*inputs)
         try:
-            out.mul_(2)
-            ours = torch.autograd.grad(out, floats(inputs), cotangent_of(out))
+            ours = doubled_in_place(one.ours, inputs)
         except RuntimeError as error:
             raise AssertionError(told(one, tensors)(str(error))) from error
-        assert_close(ours, expected, **LOOSE)
         assert all(a is None or torch.equal(a, b) for a, b in zip(inputs, tensors, strict=True))
+        if ours is None:
+            assert case.rule.saves == "output"
+        else:
+            g = cotangent_of(one.theirs(*inputs))
+            assert_close(ours, torch.autograd.grad(2 * one.theirs(*inputs), floats(inputs), g), **LOOSE)
 
 
 def nan_and_infinity_go_where_torchs_go(case):
@@ -521,7 +454,7 @@ def refuses_by_name(case):
     """No tensor, no real numbers, or another device: the error names the argument."""
     tensors = case.inputs(0)
     for i, (argument, t) in enumerate(zip(case.names(tensors), tensors, strict=True)):
-        faults = [(3, TypeError)]
+        faults = [("three", TypeError)]
         if not case.any_dtype:
             faults.append((t.to(torch.complex64), TypeError))
             faults += [(t.int(), TypeError)] if is_float(t) else []
@@ -541,6 +474,7 @@ EVERY = (
     torchs_values_and_gradients,
     torchs_second_gradients,
     torch_on_generated_shapes,
+    finite_differences_on_generated_shapes,
     vjp_alone_is_torchs_and_none_where_not_asked_for,
     vmap_equals_a_loop,
     autocast_keeps_gradients_float32,

@@ -388,17 +388,69 @@ def test_a_sparse_embedding():
         close(row(sparse, "embed")[column], row(dense, "embed")[column], rel=1e-6)
 
 
-def test_a_checkpointed_block_is_counted_once():
-    def forward_again(net, x):
-        return net.head(torch.relu(checkpoint(net.block, x, use_reentrant=False)))
+class Skip(nn.Module):
+    """x + f(x), then f's tanh."""
 
+    def __init__(self):
+        super().__init__()
+        self.inner, self.squish = seeded(4, 4), nn.Tanh()
+
+    def forward(self, x):
+        return self.squish(x + self.inner(x))
+
+
+def straight(block, x):
+    return block(x)
+
+
+def not_reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("mode", [not_reentrant, reentrant])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_checkpointed_block_is_counted_once(mode, every):
+    """Oracle: the same net without checkpoints, to the last bit; dropout draws the same numbers."""
     traces = []
-    for forward in (forward_again, lambda net, x: net.head(torch.relu(net.block(x)))):
-        torch.manual_seed(0)
+    for call in (straight, mode):
+
+        def forward(net, x, call=call):
+            return net.head(net.relu(call(net.block, call(net.other, net.first(x)))))
+
         block = nn.Sequential(seeded(4, 4), nn.Tanh(), nn.Dropout(0.5), seeded(4, 4))
-        traces.append(one_step(Net(forward, block=block, head=seeded(4, 2)), data((5, 4))))
+        model = Net(forward, first=seeded(4, 4), other=nn.Sequential(seeded(4, 4), nn.Sigmoid()), block=block)
+        model.head, model.relu = seeded(4, 2), nn.ReLU()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(0)
+        with watch(model, optimizer, every=every) as watching:
+            for _ in range(3):
+                model(data((5, 4))).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        traces.append(watching.trace)
     assert traces[0].layers == traces[1].layers
     assert traces[0].to_arrow().to_pylist() == traces[1].to_arrow().to_pylist()
+    assert traces[0].missing == traces[1].missing
+    assert traces[1].meta["unseen"] == []
+
+
+def test_a_residual_block_in_a_reentrant_checkpoint():
+    """All that is measured at a tensor is the same; skip and branch are told apart only without the checkpoint."""
+    traces = []
+    for call in (straight, reentrant):
+        net = Net(lambda net, x, call=call: net.head(call(net.block, net.first(x))), first=seeded(4, 4), block=Skip())
+        net.head = seeded(4, 2)
+        traces.append(one_step(net, data((5, 4))))
+    assert traces[0].layers == traces[1].layers
+    plain, again = (trace.to_arrow().drop_columns(["edge_gain"]).to_pylist() for trace in traces)
+    for one, other in zip(plain, again, strict=True):
+        assert one == other
+    assert len(traces[0].edges(0)) == 3
+    assert "edge_gain" in reasons(traces[1], "block.inner")
 
 
 def test_no_hook_is_left_on_a_parameter_or_an_input_that_a_module_gives_out():

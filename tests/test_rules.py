@@ -2,45 +2,64 @@
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
-from torch.autograd.gradcheck import GradcheckError
+from rule_suite import (
+    TIGHT,
+    Case,
+    Suite,
+    any_layout,
+    any_precision,
+    apply_alone_casts_a_cotangent,
+    assert_same,
+    autocast_keeps_gradients_float32,
+    draw,
+    finite_differences_on_generated_shapes,
+    gradient,
+    inputs_and_output_stay_apart,
+    keeps_no_more_than_torch,
+    nan_and_infinity_go_where_torchs_go,
+    narrow_numbers_are_as_near_as_torchs,
+    outcome,
+    random,
+    refuses_by_name,
+    second_gradient,
+    some,
+    torch_on_generated_shapes,
+    torchs_second_gradients,
+    torchs_values_and_gradients,
+    vjp_alone_is_torchs_and_none_where_not_asked_for,
+    vmap_equals_a_loop,
+)
+from rule_twins import (
+    coarse,
+    doubled,
+    eager,
+    mutant,
+    sound,
+    spoiled,
+    twin,
+    unchecked,
+    unsteady,
+    viewing,
+)
+from test_rules_conv import suite as conv_suite
+from test_rules_norm import suite as norm_suite
+from test_rules_pool import suite as pool_suite
+from test_rules_shape import suite as shape_suite
 from torch.nn.functional import cross_entropy, linear
 from torch.testing import assert_close
 
-from bpdiag.rules import ACTIVATIONS, RULES, Activation, Rule
+from bpdiag.rules import ACTIVATIONS, RULES, Activation
 from bpdiag.rules.activation import LeakyRelu, Prelu, Relu, Sigmoid, Tanh
 from bpdiag.rules.linear import Linear
 from bpdiag.rules.loss import CrossEntropy
 
-torch.set_num_threads(1)
-
 INF, NAN = math.inf, math.nan
 POINTS = [-43, -1, -0.0, 0, 1e-3, 1, 43, INF, -INF, NAN]
-TIGHT = {"rtol": 1e-14, "atol": 1e-14, "equal_nan": True}
 EXACT = {"rtol": 1e-15, "atol": 0, "equal_nan": True}  # the last bit: the order of two products
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)  # gradcheck draws from the global generator
-
-
-@dataclass(frozen=True)
-class Case:
-    """A rule, torch's own function, and inputs for both, float64 and away from kinks."""
-
-    rule: type[Rule]
-    oracle: Callable
-    inputs: Callable
-
-
-def random(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def activation_inputs(seed=0, shape=(4, 3)):
@@ -57,25 +76,60 @@ def linear_inputs(seed=0, shape=(4, 3)):
     return tuple(torch.randn(s, generator=one, dtype=torch.float64) for s in (shape, (2, shape[-1]), (2,)))
 
 
-def loss_inputs(seed=0):
+def loss_inputs(seed=0, shape=(4, 5)):
     one = random(seed)
-    return torch.randn(4, 5, generator=one, dtype=torch.float64), torch.randint(5, (4,), generator=one)
+    return torch.randn(shape, generator=one, dtype=torch.float64), torch.randint(shape[1], shape[:1], generator=one)
+
+
+def size(seed):
+    r = Random(seed)
+    return some(r, seed % 5, 0, 1, 2, 3, 3)
+
+
+def activation_shapes(seed):
+    return draw(size(seed), seed=seed), {}
+
+
+def prelu_shapes(seed):
+    shape = size(seed)
+    channels = shape[1] if len(shape) > 1 and shape[1] and seed % 3 == 0 else 1
+    return draw(shape, (channels,), seed=seed), {}
+
+
+def linear_shapes(seed):
+    r = Random(seed)
+    n_in, n_out = r.choice((1, 2, 5)), r.choice((1, 2, 4))
+    x, W, b = draw((*size(seed), n_in), (n_out, n_in), (n_out,), seed=seed)
+    return (x, W, b if r.random() < 0.7 else None), {}
+
+
+def loss_shapes(seed):
+    r = Random(seed)
+    return loss_inputs(seed, (r.choice((0, 1, 2, 5)), r.choice((1, 2, 5)))), {}
 
 
 CASES = {
-    **{name: Case(rule, rule.oracle(**rule.settings), activation_inputs) for name, rule in ACTIVATIONS.items()},
+    **{
+        name: Case(rule, rule.oracle(**rule.settings), activation_inputs, generate=activation_shapes)
+        for name, rule in ACTIVATIONS.items()
+    },
     # torch's own hardsigmoid takes 1/6 in float32: its other spelling is exact
-    "hardsigmoid": Case(ACTIVATIONS["hardsigmoid"], lambda z: torch.nn.functional.relu6(z + 3) / 6, activation_inputs),
+    "hardsigmoid": Case(
+        ACTIVATIONS["hardsigmoid"],
+        lambda z: torch.nn.functional.relu6(z + 3) / 6,
+        activation_inputs,
+        generate=activation_shapes,
+    ),
     # torch's module holds its slope in float32; without one given it begins at 1/4
     "prelu": Case(
         ACTIVATIONS["prelu"],
         lambda z, p=None: torch.nn.functional.prelu(z, z.new_full((1,), 0.25) if p is None else p),
         prelu_inputs,
+        generate=prelu_shapes,
     ),
-    "linear": Case(Linear, linear, linear_inputs),
-    "cross_entropy": Case(CrossEntropy, cross_entropy, loss_inputs),
+    "linear": Case(Linear, linear, linear_inputs, generate=linear_shapes),
+    "cross_entropy": Case(CrossEntropy, cross_entropy, loss_inputs, generate=loss_shapes),
 }
-OTHERS = [name for name in CASES if name not in ACTIVATIONS]
 
 
 # ---- twins: one fault each ----
@@ -226,72 +280,75 @@ WRONG_ACTIVATIONS = [SignTanh, DroppedSigmoid, SignLeakyRelu]
 WRONG = [*WRONG_ACTIVATIONS, SignPrelu, SignLinear, DroppedLinear, SignCrossEntropy, DroppedCrossEntropy]
 
 
-# ---- the suite: check -> the rules it holds for, the twins it catches ----
-
-CHECKS = {}
-
-
-def check(over, catches):
-    def register(function):
-        CHECKS[function] = (list(over), catches)
-        return function
-
-    return register
+def flipped(rule):
+    return twin(rule, "uphill", vjp=lambda g, *kept: -rule.vjp(g, *kept))
 
 
-def leaves(inputs):
-    return tuple(t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs)
+def tilted(rule):
+    """A slope off by a factor that grows with what was kept."""
+    return twin(rule, "tilted", vjp=lambda g, *kept: rule.vjp(g, *kept) * (1 + kept[0] / 8))
 
 
-def floats(tensors):
-    return tuple(t for t in tensors if t.is_floating_point())
-
-
-def cotangent_of(out, seed=7):
-    return torch.randn(out.shape, generator=random(seed), dtype=torch.float64).to(out.dtype)
-
-
-def outcome(function, inputs, cotangent=None):
-    """Output and gradients; of the floating-point inputs as they are, strides included."""
-    inputs = tuple(t.detach().requires_grad_() if t.is_floating_point() else t for t in inputs)
-    out = function(*inputs)
-    return out.detach(), *torch.autograd.grad(
-        out, floats(inputs), cotangent_of(out) if cotangent is None else cotangent
+def unasked(rule):
+    """Computes g_z whatever is asked for."""
+    return type(
+        "Unasked",
+        (rule,),
+        {"forward": rule.forward, "pull_back": classmethod(lambda cls, g, kept, needs: (cls.vjp(g, *kept),))},
     )
 
 
-def assert_same(case, inputs, cotangent=None, **tolerance):
-    ours, theirs = (outcome(f, inputs, cotangent) for f in (case.rule.apply, case.oracle))
-    assert_close(ours, theirs, **(tolerance or TIGHT))
+LINEAR = [
+    mutant("linear", "g_x transposed", "torch.matmul(g_z, W) if", "torch.matmul(g_z, W.flip(0)) if"),
+    mutant("linear", "g_x of the wrong sign", "torch.matmul(g_z, W) if", "torch.matmul(-g_z, W) if"),
+    mutant(
+        "linear", "samples in another order", "torch.matmul(rows.t(), x_rows)", "torch.matmul(rows.t(), x_rows.flip(0))"
+    ),
+    mutant("linear", "g_b of one sample", "rows.sum(0) if", "rows[:1].sum(0) if"),
+    mutant("linear", "b dropped", "nn.functional.linear(x, W, b)", "nn.functional.linear(x, W)"),
+]
+LOSS = [
+    mutant("cross_entropy", "a sum", "gather(1, y.unsqueeze(1)).mean()", "gather(1, y.unsqueeze(1)).sum()"),
+    mutant("cross_entropy", "not divided", "to(z.dtype)) / z.shape[0]", "to(z.dtype))"),
+    mutant("cross_entropy", "divided by the classes", "to(z.dtype)) / z.shape[0]", "to(z.dtype)) / z.shape[1]"),
+    mutant("cross_entropy", "softmax over the batch", "torch.softmax(z, -1) - onehot", "torch.softmax(z, 0) - onehot"),
+    mutant("cross_entropy", "g_C dropped", "return g_C * (torch", "return (torch"),
+]
+MUTANTS = [
+    *map(flipped, ACTIVATIONS.values()),
+    *[tilted(rule) for name, rule in ACTIVATIONS.items() if name != "identity"],
+    *[*WRONG, spoiled(Linear, "g_W mirrored", 1, lambda g: g.flip(-1)), *LINEAR, *LOSS],
+]
 
 
-@check(CASES, catches=WRONG)
-def gradient(case):
-    assert gradcheck(case.rule.apply, leaves(case.inputs()), check_batched_grad=True)
+# ---- the suite: check -> the rules it holds for, the twins it catches ----
 
-
-@check(CASES, catches=[SignTanh, DroppedSigmoid])
-def second_gradient(case):
-    assert gradgradcheck(case.rule.apply, leaves(case.inputs()), check_batched_grad=True)
-
-
-@check(CASES, catches=WRONG)
-def torchs_values_and_gradients(case):
-    for seed in range(3):
-        assert_same(case, case.inputs(seed))
-
-
-@check(CASES, catches=[SignTanh, DroppedSigmoid, SignLinear, DroppedLinear, SignCrossEntropy, DroppedCrossEntropy])
-def torchs_second_gradients(case):
-    def twice(function):
-        inputs = leaves(case.inputs())
-        out = function(*inputs)
-        g = cotangent_of(out).requires_grad_()
-        once = torch.autograd.grad(out, floats(inputs), g, create_graph=True)
-        loss = sum((t * cotangent_of(t)).sum() for t in once) + (out * cotangent_of(out)).sum()
-        return torch.autograd.grad(loss, (*floats(inputs), g))
-
-    assert_close(twice(case.rule.apply), twice(case.oracle), **TIGHT)
+suite = Suite(CASES, MUTANTS)
+check = suite.check
+FAULTY = [SignTanh, DroppedSigmoid, SignLinear, DroppedLinear, SignCrossEntropy, DroppedCrossEntropy]
+UNASKED, GREEDY = [unasked(Tanh), EagerLinear, eager(CrossEntropy)], [GreedyTanh, GreedyLinear]
+for function, twins in {
+    gradient: WRONG,
+    second_gradient: [SignTanh, DroppedSigmoid, unsteady(Linear), unsteady(CrossEntropy)],
+    torchs_values_and_gradients: WRONG,
+    torchs_second_gradients: FAULTY,
+    torch_on_generated_shapes: WRONG,
+    finite_differences_on_generated_shapes: WRONG,
+    vjp_alone_is_torchs_and_none_where_not_asked_for: [*WRONG, *UNASKED],
+    keeps_no_more_than_torch: GREEDY,
+    vmap_equals_a_loop: WRONG,
+    autocast_keeps_gradients_float32: WRONG,
+    any_layout: WRONG,
+    any_precision: WRONG,
+    narrow_numbers_are_as_near_as_torchs: [coarse(Linear), coarse(CrossEntropy)],
+    apply_alone_casts_a_cotangent: [doubled(Linear), doubled(CrossEntropy)],
+    inputs_and_output_stay_apart: [InPlaceRelu, viewing(Linear)],
+    refuses_by_name: [unchecked(Linear, linear), unchecked(CrossEntropy, cross_entropy)],
+}.items():
+    check(CASES, catches=twins)(function)
+SUITES = (suite, conv_suite, norm_suite, pool_suite, shape_suite)
+CHECKS = suite.checks.keys() | {nan_and_infinity_go_where_torchs_go}
+check(["linear", "cross_entropy"], catches=WRONG[-4:])(nan_and_infinity_go_where_torchs_go)
 
 
 @check(ACTIVATIONS, catches=[*WRONG_ACTIVATIONS, OpenRelu])
@@ -356,122 +413,10 @@ def r_is_of_the_relu_kind_or_one(case):
     assert case.rule.r == pytest.approx(1 / math.sqrt(2) if relu_kind else 1.0, abs=1e-15)
 
 
-def kept_bytes(function, inputs):
-    sizes = []
-
-    def pack(t):
-        sizes.append(t.nbytes)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function(*inputs)
-    return sum(sizes)
-
-
-@check(CASES, catches=[GreedyTanh, GreedyLinear])
-def keeps_no_more_than_torch(case):
-    assert kept_bytes(case.rule.apply, leaves(case.inputs())) <= kept_bytes(case.oracle, leaves(case.inputs()))
-
-
-@check(CASES, catches=[GreedyTanh, GreedyLinear])
-def keeps_no_more_than_torch_when_inputs_are_frozen(case):
-    inputs = case.inputs()
-    for needs in itertools.product((False, True), repeat=len(floats(inputs))):
-        some = tuple(t.clone().requires_grad_(n) for t, n in zip(floats(inputs), needs, strict=True))
-        some += inputs[len(some) :]
-        assert kept_bytes(case.rule.apply, some) <= kept_bytes(case.oracle, some), needs
-
-
-@check(CASES, catches=WRONG)
-def vmap_equals_a_loop(case):
-    members = [case.inputs(seed) for seed in range(3)]
-    stack = tuple(torch.stack(ts, 0) for ts in zip(*members, strict=True))
-    argnums = tuple(i for i, t in enumerate(stack) if t.is_floating_point())
-
-    def loss(function):
-        return lambda *inputs: function(*inputs).square().sum()
-
-    def loop(inputs, dims):
-        one = [tuple(t if d is None else t.select(d, k) for t, d in zip(inputs, dims, strict=True)) for k in range(3)]
-        out = torch.stack([case.oracle(*member) for member in one])
-        grads = []
-        for member in map(leaves, one):
-            grads.append(torch.autograd.grad(loss(case.oracle)(*member), floats(member)))
-        return out, tuple(torch.stack(g) for g in zip(*grads, strict=True))
-
-    def mapped(inputs, dims):
-        vmap, grad = torch.func.vmap, torch.func.grad
-        return (
-            vmap(case.rule.apply, in_dims=dims)(*inputs),
-            vmap(grad(loss(case.rule.apply), argnums=argnums), in_dims=dims)(*inputs),
-        )
-
-    last = tuple(t.movedim(0, -1) for t in stack)  # the members' dimension may stand anywhere
-    shared = (stack[0], *(t[0] for t in stack[1:]))  # ... and be missing from all inputs but one
-    n = len(stack)
-    for inputs, dims in ((stack, (0,) * n), (last, (-1,) * n), (shared, (0,) + (None,) * (n - 1))):
-        assert_close(mapped(inputs, dims), loop(inputs, dims), **TIGHT)
-
-
-@check(CASES, catches=WRONG)
-def autocast_keeps_gradients_float32(case):
-    inputs = tuple(t.float() if t.is_floating_point() else t for t in case.inputs())
-    eye = torch.eye(inputs[0].shape[-1])
-
-    def after_a_product(function):  # bfloat16 enters a rule, whose other inputs stay float32
-        return lambda x, *rest: function(x @ eye, *rest)
-
-    exact = outcome(case.oracle, inputs)
-    for wrap, inside in itertools.product((lambda f: f, after_a_product), (False, True)):
-
-        def cast(function, wrap=wrap, inside=inside):
-            own = leaves(inputs)
-            with torch.autocast("cpu", torch.bfloat16):
-                out = wrap(function)(*own)
-            with torch.autocast("cpu", torch.bfloat16, enabled=inside):  # the backward is run outside, as a rule
-                return out.detach(), *torch.autograd.grad(out, floats(own), cotangent_of(out))
-
-        ours, theirs = cast(case.rule.apply), cast(case.oracle)
-        assert [t.dtype for t in ours] == [t.dtype for t in theirs]
-        assert all(t.dtype == torch.float32 for t in ours[1:])
-        assert_close(tuple(t.float() for t in ours), exact, rtol=0.02, atol=0.02)
-
-
-@check(CASES, catches=WRONG)
-def any_layout(case):
-    inputs = case.inputs()
-    for layout in (
-        lambda t: torch.stack([t, t], -1)[..., 0],
-        lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
-        lambda t: t[:1].expand_as(t),
-        lambda t: t[..., :1].expand_as(t) if t.is_floating_point() else t,
-    ):
-        assert_same(case, tuple(layout(t) for t in inputs))
-    out = case.oracle(*inputs)
-    assert_same(case, inputs, cotangent_of(out[..., :1] if out.dim() else out).expand_as(out))
-
-
 @check(ACTIVATIONS, catches=WRONG_ACTIVATIONS)
 def any_shape(case):
     for shape in ((), (0,), (2, 0, 3), (7,), (2, 3, 4, 5)):
         assert_same(case, case.inputs(shape=shape))
-
-
-@check(CASES, catches=WRONG)
-def any_precision(case):
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)):
-        inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in case.inputs())
-        assert_same(case, inputs, rtol=tolerance, atol=tolerance)
-
-
-@check(CASES, catches=[InPlaceRelu])
-def inputs_and_output_stay_apart(case):
-    inputs = leaves(case.inputs())
-    before = [t.clone() for t in inputs]
-    out = case.rule.apply(*inputs)
-    with torch.no_grad():
-        out.add_(1)
-    assert all(map(torch.equal, inputs, before))
 
 
 @check(["linear"], catches=[SignLinear, DroppedLinear])
@@ -485,22 +430,6 @@ def the_bias_may_be_absent(case):
     x, W, _ = case.inputs()
     ours, theirs = (outcome(lambda x, W, f=f: f(x, W, None), (x, W)) for f in (case.rule.apply, case.oracle))
     assert_close(ours, theirs, **TIGHT)
-
-
-@check(OTHERS, catches=[EagerLinear, SignCrossEntropy])
-def vjp_honours_needs(case):
-    inputs = case.inputs()
-    g = cotangent_of(case.oracle(*inputs))
-    whole = outcome(case.oracle, inputs, g)[1:]
-    whole += (None,) * (len(inputs) - len(whole))
-    for needs in itertools.product((False, True), repeat=len(inputs)):
-        some = case.rule.vjp(g, *inputs[:2], needs=needs)  # x and W, or z and y
-        assert len(some) == len(inputs)
-        for ours, theirs, needed in zip(some, whole, needs, strict=True):
-            if needed and theirs is not None:
-                assert_close(ours, theirs, **TIGHT)
-            else:
-                assert ours is None
 
 
 @check(["cross_entropy"], catches=[SignCrossEntropy, DroppedCrossEntropy])
@@ -560,36 +489,45 @@ def shapes_that_do_not_fit_are_refused_or_meant_as_in_torch(case):
 
 # ---- the suite is run ----
 
-CAUGHT = (AssertionError, GradcheckError, pytest.fail.Exception)
 
-
-def grid(column):
-    return [
-        pytest.param(function, entry, id=f"{function.__name__}-{getattr(entry, '__name__', entry)}")
-        for function, columns in CHECKS.items()
-        for entry in columns[column]
-    ]
-
-
-@pytest.mark.parametrize(("function", "name"), grid(0))
+@suite.rules
 def test_rule(function, name):
-    function(CASES[name])
+    suite.run(function, name)
 
 
-@pytest.mark.parametrize(("function", "twin"), grid(1))
+@suite.twins
 def test_twin_is_caught(function, twin):
-    sound = CASES[twin.name]
-    with pytest.raises(CAUGHT):
-        function(replace(sound, rule=twin))
+    suite.assert_caught(function, twin)
 
 
-@pytest.mark.parametrize("function", [f for f, (over, _) in CHECKS.items() if "tanh" in over], ids=lambda f: f.__name__)
-def test_a_sound_twin_passes(function):
-    function(replace(CASES["tanh"], rule=SoundTanh))
+@suite.mutants
+def test_mutants_are_caught(mutants):
+    assert suite.missed(mutants) == []
 
 
-def test_the_table_is_whole_and_every_check_catches_a_twin():
-    assert all(catches for _, catches in CHECKS.values())
-    assert CASES.keys() == RULES.keys()
-    assert all(case.rule is RULES[name] and case.rule.name == name for name, case in CASES.items())
+@pytest.mark.parametrize("rule", [SoundTanh, sound(Linear), sound(CrossEntropy)])
+def test_a_sound_twin_passes(rule):
+    suite.assert_sound(rule)
+
+
+def test_every_check_catches_a_twin():
+    for one in SUITES:
+        assert all(catches for _, catches in one.checks.values())
+        assert one.checks.keys() >= CHECKS
+
+
+def test_the_table_is_whole():
+    cases = [(name, case.rule) for one in SUITES for name, case in one.cases.items()]
+    assert dict(cases) == RULES
+    assert len(cases) == len(RULES)
+    assert all(rule.name == name for name, rule in cases)
     assert all(issubclass(rule, Activation) for rule in ACTIVATIONS.values())
+
+
+ALL_MUTANTS = [mutant for one in SUITES for mutant in one.all_mutants]
+
+
+@pytest.mark.parametrize("mutants", [pytest.param(ALL_MUTANTS, id=f"{len(ALL_MUTANTS)} of {len(RULES)} rules")])
+def test_every_rule_has_mutants(mutants):
+    assert {mutant.name for mutant in mutants} == RULES.keys()
+    assert len({mutant.__name__ for mutant in mutants}) == len(mutants)

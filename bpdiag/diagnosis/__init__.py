@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bpdiag.diagnosis import blocks
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
 from bpdiag.diagnosis.harm import LUCK
@@ -76,11 +77,44 @@ def notes(trace: Trace) -> list[str]:
     if not trace.meta.get("optimizer"):
         told.append("no optimizer was given: no update was measured, and plain gradient descent is assumed")
     if not len(trace.losses[0]):
-        told.append("no loss was told (watch.loss): whether the run has converged is unknown")
+        told.append("no loss was told (watch.loss): whether the run has converged, and its scale, are unknown")
     frozen = sorted({m.layer for m in trace.missing if m.reason == "frozen"})
     if frozen:
         told.append(f"frozen, by request: {', '.join(frozen[:8])}" + (" and more" if len(frozen) > 8 else ""))
+    told += _unseen(trace)
+    if changed := _changed_gradients(trace):
+        told.append(changed)
+    finite = np.flatnonzero(profile(trace).finite)
+    if finite.size and (sentence := blocks.in_words(trace, int(finite[-1]))):
+        told.append(f"at step {trace.sampled_steps[finite[-1]]}, {sentence}")
     return told
+
+
+def _unseen(trace: Trace) -> list[str]:
+    """What the watcher did not see, one line a reason."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for line in trace.meta.get("unseen", []):
+        by_reason.setdefault((line["what"], line["reason"]), []).append(line["name"] or "the model")
+    return [
+        f"{what}{'s' if len(names) > 1 else ''} {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}: {reason}"
+        for (what, reason), names in by_reason.items()
+    ]
+
+
+def _changed_gradients(trace: Trace) -> str:
+    """What was done to gradients between backward and step, at the last sample that tells both; empty for nothing."""
+    after, before = trace.column("g_W_norm")[0], trace.column("g_W_raw_norm")[0]
+    for at in reversed(range(len(trace.sampled_steps))):
+        both = np.isfinite(after[at]) & np.isfinite(before[at]) & (before[at] > 0)
+        if both.any():
+            share = float(np.linalg.norm(after[at][both]) / np.linalg.norm(before[at][both]))
+            if math.isclose(share, 1, rel_tol=1e-6):
+                return ""
+            averaged = trace.meta.get("processes", 1) > 1
+            why = "averaging over processes" if averaged else "clipping, or a scaler that watch was not given"
+            step = trace.sampled_steps[at]
+            return f"between backward and step gradients changed, at step {step} to {share:.2g} of their norm ({why})"
+    return ""
 
 
 def verdict(findings: Sequence[Finding]) -> str:

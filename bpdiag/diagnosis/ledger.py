@@ -54,8 +54,15 @@ class Profile:
         return tuple(self.trace.layers[self.lines[i]].key for i in where)
 
     def hidden_gain(self, at: int) -> float:
-        """Geometric mean of G over the steps between hidden layers at sample ``at``; nan if there is none."""
-        gains = self.gain[at, : max(len(self.lines) - 2, 1)]
+        """Geometric mean of G over the steps between hidden layers at sample ``at``; nan if there is none.
+
+        Where every way up forks, as in a residual net, it is that of the cotangents themselves: the root of
+        |g_z_1| / |g_z of the last hidden layer|, to which the product of a chain's gains comes too.
+        """
+        hidden = len(self.lines) - 2
+        gains = self.gain[at, : max(hidden, 1)]
+        if hidden > 0 and np.isnan(gains).all() and np.isfinite(self.decades[at, [0, hidden]]).all():
+            return float(10 ** ((self.decades[at, 0] - self.decades[at, hidden]) / hidden))
         gains = gains[np.isfinite(gains) & (gains > 0)]
         return float(10 ** np.log10(gains).mean()) if gains.size else math.nan
 

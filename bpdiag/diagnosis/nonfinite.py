@@ -16,7 +16,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     """The first step with a nan or an infinity, bracketed, and the first call in it."""
     trace = p.trace
     steps, losses = trace.losses
-    bad_losses, bad_samples = steps[~np.isfinite(losses)], p.steps[~p.finite]
+    bad_losses, bad_samples = steps[~np.isfinite(losses)], p.steps[~p.finite & ~trace.skipped]  # a scaler's business
     if not len(bad_losses) and not len(bad_samples):
         return
     first = int(min([*bad_losses[:1], *bad_samples[:1]]))

@@ -32,22 +32,27 @@ class Call:
     shape: tuple[int, ...]
     in_graph: bool
     parents: tuple[Call, ...]
+    order: int  # of execution, in its forward pass
+    within: Any = None  # the reentrant checkpoint whose recomputation it is
+    through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
     rule: type[Activation] | None = None  # whose slope this row carries
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
     events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
+    # what this call sends to one that others read too; None: several backwards, or none, went that way
+    edges: dict[Call, Tensor | float | None] = dataclasses.field(default_factory=dict)
+    edge_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # that against its own cotangent
 
     def __post_init__(self) -> None:
         self.rule = rule_of(self.module)
         self.tensor = "a" if self.rule or is_activation(self.module) else "z"
-        self.kind = self.rule.name if self.rule else type(self.module).__name__.lower()
+        self.kind = self.rule.name if self.rule else type(self.module).__name__.removeprefix("FSDP").lower()
         self.r = (
             self.rule.r
             if self.rule
             else next((r.r for r in ACTIVATIONS.values() if type(self.module) is r.oracle), None)
         )
-        self.weight = weight_of(self.module)
         self.fan_in = fan_in(self.module)
         self.axis = self._axis()
 
@@ -61,6 +66,11 @@ class Call:
             return -1
         alike = [p.axis for p in self.parents if len(p.shape) == len(self.shape)]
         return alike[0] if alike else (-1 if len(self.shape) == 3 else 1 - len(self.shape))
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """As it is now: a sharded module has another one in its forward pass than its optimizer has."""
+        return weight_of(self.module)
 
     @property
     def units(self) -> int | None:

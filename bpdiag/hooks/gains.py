@@ -29,6 +29,7 @@ def derive(calls: Sequence[Call], given: Collection[Call]) -> tuple[dict[Call, W
             readers.setdefault(parent, []).append(call)
     ways = {call: _way(call, readers, given) for call in calls if call.fan_in is not None}
     _decades(calls, ways, readers)
+    _edge_gains(calls, readers, given, gaps)
     below = _weights_below(calls)
     for call, way in ways.items():
         feed = call.values.get("x_rms") if not call.parents else None
@@ -74,6 +75,22 @@ def _decades(calls: Sequence[Call], ways: dict[Call, Way], readers: dict[Call, l
         top = math.hypot(*(c.values["g_z_norm"] for c in arrived if c not in covered))
         for call in arrived:
             call.values["decades"] = log10(ratio(call.values["g_z_norm"], top))
+
+
+def _edge_gains(
+    calls: Sequence[Call], readers: dict[Call, list[Call]], given: Collection[Call], gaps: list[Gap]
+) -> None:
+    """|v| / |g| for each edge of a call that reads where others read too: v what the edge carries, g the call's own."""
+    for call in calls:
+        own = call.values.get(f"g_{call.tensor}_norm")
+        forks = [p for p in call.parents if len(readers[p]) > 1 or p in given]
+        if not forks or own is None:
+            continue
+        carried = {p: p.values.get(f"g_{p.tensor}_norm") for p in call.parents} | {p: call.edges.get(p) for p in forks}
+        if any(carried[p] is not None for p in forks):
+            call.edge_gains = {p: ratio(v, own) for p, v in carried.items() if v is not None}
+        if any(carried[p] is None for p in forks):
+            gaps.append((call, "edge_gain", "a way that is not this layer's alone, or that no gradient came through"))
 
 
 def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:

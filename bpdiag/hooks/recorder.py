@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +17,14 @@ from bpdiag import statistics
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
+from bpdiag.hooks.graph import Graph, is_checkpoint
+from bpdiag.hooks.scale import ScalerClock, Scales, divide
+from bpdiag.hooks.unseen import named_modules, refuse, unseen
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
 DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
 MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
-MOST_NODES = 10_000  # of the graph looked at between two layers
 
 
 class _Hook:
@@ -42,7 +47,7 @@ class _Hook:
 class Recorder:
     """Measures ``model`` on steps 0, N, 2N, ... and gives each ``Sample`` to the sinks.
 
-    A step ends when the last of ``optimizers`` has stepped, or at ``end_step()``.
+    A step ends when the last of ``optimizers`` has stepped, with a ``scaler`` at its update, or at ``end_step()``.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Recorder:
         sinks: Sequence[Sink],
         every: int = 1,
         histograms: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.model, self.optimizers, self.sinks, self.every = model, list(optimizers), list(sinks), every
         self.histograms = histograms
@@ -61,20 +67,29 @@ class Recorder:
         self._index: dict[tuple[str, int], int] = {}
         self._names: dict[nn.Module, str] = {}
         self._always: list[Any] = []  # hooks on optimizers
+        self._eager: Any = None  # torch.compile held off, while armed
         self._handles: list[Any] = []  # hooks on modules, while armed
         self._silence: dict[tuple[str, int], deque[Tensor]] = {}
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
+        self._stepped = False  # whether an optimizer has, since the scaler's last update
+        self._skipped: list[int] = []  # steps, until the next sample
+        self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
+        self._touched = False  # whether gradients were seen to change between backward and step
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin with step 0; where that fails, nothing is left on the model."""
+        refuse(self.model)
         try:
             for optimizer in self.optimizers:
                 self._always.append(optimizer.register_step_pre_hook(self._before_step))
-            if self.optimizers:
+            if self._clock:
+                self._clock.start()
+            elif self.optimizers:
                 self._always.append(self.optimizers[-1].register_step_post_hook(lambda *_: self.end_step()))
             self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
             self._arm_if_due()
@@ -88,23 +103,40 @@ class Recorder:
         for handle in self._always:
             handle.remove()
         self._always.clear()
+        if self._clock:
+            self._clock.stop()
         if any(call.events for call in self._calls):
             self._weights_before(self._weights())
             self._finish("the watching ended before the update")
-        elif self._losses:
-            self._send(Sample(self.step, self.layers, [], self._read([])))
+        elif self._losses or self._skipped:
+            self._send(Sample(self.step, self.layers, [], self._read([]), skipped=self._skipped))
         self._forget()
+
+    def unseen(self) -> list[dict[str, str]]:
+        """Modules and parameters that no sampled step told anything of, each with its reason."""
+        seen = {name for name, _ in self._index}
+        return unseen(self.model, self.optimizers, seen, self._passed_over)
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
         # a clone: `loss /= 4` would change what a mere detach shares
         self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
+        if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
+            self._scales.await_gradient(loss, self._pass)
 
-    def end_step(self) -> None:
+    def _updated(self) -> None:
+        """The scaler ends a step; where no optimizer stepped, it skipped it."""
+        if not self._stepped:
+            self._skipped.append(self.step)
+            self._weights_before(self._weights() if self._calls else ())
+        self.end_step("" if self._stepped else "the gradient scaler skipped this step")
+        self._stepped = False
+
+    def end_step(self, no_update: str = "") -> None:
         """The optimizer has stepped: finish the sample if this step was one, arm for the next if it is one."""
         if self._handles:
             if self._calls:
-                self._finish()
+                self._finish(no_update)
             self._disarm()
             self._forget()
         self.step += 1
@@ -113,7 +145,9 @@ class Recorder:
     def _arm_if_due(self) -> None:
         if self.step % self.every:
             return
-        self._names = {module: name for name, module in self.model.named_modules()}
+        if "torch._dynamo" in sys.modules:  # what is compiled runs as it is written in this step: hooks fire there
+            self._eager = torch.compiler.set_stance("force_eager")
+        self._names = {module: name for name, module in named_modules(self.model)}
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
         for module in self._names:
             if is_leaf(module):
@@ -122,6 +156,9 @@ class Recorder:
             if rule and rule.saves == "input" and getattr(module, "inplace", False):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
+        for weight in self._weights():
+            if weight.requires_grad:
+                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(self._left_by_backward)))
         if not self.optimizers:
             self._weights_before(self._weights())
 
@@ -129,48 +166,85 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
 
     def _forget(self) -> None:
         self._calls: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
-        self._made_by: dict[tuple[Any, int], Call] = {}  # (node, output number) -> the call whose output it is
+        self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
-        self._pass = 0
+        self._pass, self._order = 0, 0
+        self._inside = False  # the model's forward pass, with gradient
+        self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
+        self._thread: int | None = None  # the one whose calls are this step's
+        self._scales = Scales()
         self._copies: dict[nn.Parameter, Tensor] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
+        self._raw: dict[nn.Parameter, Tensor] = {}
 
     # ---- forward -------------------------------------------------------------------------------------
 
+    def _listening(self) -> bool:
+        """Whether a forward pass of the thread that began this step is under way, with gradient."""
+        return torch.is_grad_enabled() and not _recomputing() and self._is_ours()
+
+    def _is_ours(self) -> bool:
+        here = threading.get_ident()
+        if self._thread is None:
+            self._thread = here
+        return here == self._thread
+
     def _new_pass(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not _recomputing():
-            self._pass += any(call.backward == self._pass for call in self._calls[-1:])
+        if self._listening():
+            self._inside = True
+            self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
-            self._made_by.clear()
+            self._graph = Graph()
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and not _recomputing() and args:
+        if self._listening() and args:
             self._overwritten[module] = args[0].detach().clone()
 
     def _given_out(self, module: nn.Module, args: Any, output: Any) -> None:
         """The model's output reads layers too: the loss may be computed from any of it."""
-        if torch.is_grad_enabled() and not _recomputing():
-            for out in leaves(output):
-                self._given |= dict.fromkeys(self._parents(out))
+        if self._listening():
+            self._inside = False
+            walk = self._graph.walk(leaves(output))
+            self._given |= walk.parents
+            self._given_through |= walk.through
+            self._graph.read(walk, None)
+            self._graph.measure_forks()
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or _recomputing() or self._pass >= MOST_PASSES:
+        place = self._place(module)
+        if place is None or place[0] >= MOST_PASSES:
             return
         outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
         outs = [t for t in outs if t.requires_grad] or outs[:1]
         if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
+            why = "called under torch.func, whose tensors take no hooks" if outs else "its output holds no tensor"
+            self._passed_over[self._names[module]] = why
             return
-        out, number = outs[0], self._counts.get(module, 0)
-        self._counts[module] = number + 1
-        parents = dict.fromkeys(parent for t in outs for parent in self._parents(t))
+        within = torch._C._current_autograd_node() if _recomputing() else None
+        out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
         call = Call(
-            module, self._names[module], number, self._pass, tuple(out.shape), out.requires_grad, tuple(parents)
+            module,
+            self._names[module],
+            number,
+            number_of_pass,
+            tuple(out.shape),
+            out.requires_grad,
+            tuple(walk.parents),
+            order,
+            within,
+            tuple(walk.through),
         )
+        self._graph.read(walk, call)
         self._calls.append(call)
         self._measure(call, call.tensor, out)
         x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
@@ -186,6 +260,31 @@ class Recorder:
             if t.requires_grad:
                 self._await(call, i, t)
 
+    def _place(self, module: nn.Module) -> tuple[int, int, int] | None:
+        """(pass, place in the order of execution, which call of this module) of a call to be recorded; else None.
+
+        A call without gradient inside the forward pass keeps its place: a reentrant checkpoint calls again, with
+        gradient, when the backward comes there.
+        """
+        if _recomputing():
+            waiting = self._waiting.get(module)
+            return waiting.popleft() if waiting and torch.is_grad_enabled() else None
+        if not self._is_ours():
+            self._passed_over[self._names[module]] = "called from another thread only"
+            return None
+        if not torch.is_grad_enabled():
+            self._passed_over[self._names[module]] = "called without gradient only"
+            if not self._inside:
+                return None
+        self._order += 1
+        number = self._counts.get(module, 0)
+        self._counts[module] = number + 1
+        place = self._pass, self._order, number
+        if torch.is_grad_enabled():
+            return place
+        self._waiting.setdefault(module, deque()).append(place)
+        return None
+
     def _await(self, call: Call, i: int, out: Tensor) -> None:
         """Measure the cotangent of the i-th output when it comes."""
 
@@ -198,7 +297,7 @@ class Recorder:
 
         handle = out.register_hook(arrived)
         if out.grad_fn is not None:
-            self._made_by[out.grad_fn, out.output_nr] = call
+            self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
             self._handles.append(handle)
 
@@ -213,19 +312,21 @@ class Recorder:
 
     def _measure_input(self, call: Call, x: Tensor) -> None:
         """What no watched call gave out as it is: the data, an activation that was a function call, anything else."""
-        if not call.parents:
+        if not call.parents and not call.through:
             self._measure(call, "x", x)
             return
         if not x.requires_grad:
             return
-        if x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._made_by:
-            if self._made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another of its outputs than the one measured
+        if x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._graph.made_by:
+            if self._graph.made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another output than the one measured
                 self._measure(call, "x", x)
             return  # what arrives here is the cotangent of a watched output, seen there
-        below, rule = call.parents[0], rule_that_made(x)
+        if is_checkpoint(x.grad_fn) if x.grad_fn is not None else call.within is not None:
+            return  # so it is at either end of a checkpoint
         owner: Call | None = None
-        if rule is not None and len(call.parents) == 1 and below.tensor == "z" and "a_norm" not in below.values:
-            owner = below
+        rule, alone = rule_that_made(x), len(call.parents) == 1 and not call.through
+        if rule is not None and alone and call.parents[0].tensor == "z" and "a_norm" not in call.parents[0].values:
+            owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
             self._measure(below, "a", x)
             kept = kept_by(x, rule)
@@ -257,26 +358,6 @@ class Recorder:
             if len(window) > 1:
                 call.values["a_dead_fraction"] = statistics.mean(~torch.stack(tuple(window)).any(0))
 
-    def _parents(self, out: Tensor) -> tuple[Call, ...]:
-        """The calls whose outputs ``out`` was computed from with no watched call in between."""
-        if out.grad_fn is None:
-            return ()
-        if (out.grad_fn, out.output_nr) in self._made_by:  # handed on unchanged
-            return (self._made_by[out.grad_fn, out.output_nr],)
-        found: dict[Call, None] = {}
-        seen, stack = {out.grad_fn}, [out.grad_fn]
-        while stack and len(seen) < MOST_NODES:
-            # edges to a node already seen still count: another of its outputs may be a watched one
-            for node, number in stack.pop().next_functions:
-                if node is None:
-                    continue
-                if (node, number) in self._made_by:
-                    found[self._made_by[node, number]] = None
-                elif node not in seen:
-                    seen.add(node)
-                    stack.append(node)
-        return tuple(found)
-
     # ---- update --------------------------------------------------------------------------------------
 
     def _weights(self) -> list[nn.Parameter]:
@@ -287,16 +368,38 @@ class Recorder:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Copy what this optimizer is about to change; the last one also takes what none of them owns."""
+        self._stepped = True
         if self._handles:
             default = self.optimizers[-1]
             self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
+
+    def _left_by_backward(self, p: nn.Parameter) -> None:
+        """A backward has added to a weight's gradient; its norm is taken where such have been changed afterwards."""
+        if p.grad is not None:
+            self._left[p] = p.grad, p.grad._version
+            if self._touched:
+                self._raw[p] = statistics.norm(p.grad)
 
     def _weights_before(self, weights: Sequence[nn.Parameter]) -> None:
         for p in weights:
             if p not in self._copies:
                 self._copies[p] = p.detach().clone()
-                if p.grad is not None and self._calls:  # before any call, as for a closure, it is not this step's
-                    self._gradients[p] = statistics.norm(p.grad)
+                if self._calls:  # before any call, as for a closure, it is not this step's
+                    self._take_gradient(p)
+
+    def _take_gradient(self, p: nn.Parameter) -> None:
+        """Its norm as the optimizer meets it, and as the backward left it."""
+        if p.grad is None:
+            return
+        self._gradients[p] = statistics.norm(p.grad)
+        left, version = self._left.get(p, (None, 0))
+        if left is p.grad and version == p.grad._version:
+            self._raw[p] = self._gradients[p]
+            return
+        self._touched = True
+        scale = self._clock.scale() if self._clock else None
+        if scale is not None and p in self._raw:
+            self._raw[p] = self._raw[p] / scale
 
     def _reduce_weights(self, no_update: str) -> list[Gap]:
         """Norms of weights, gradients and updates into the values of their calls; what is missing, and why."""
@@ -309,10 +412,12 @@ class Recorder:
                 numbers["W_rms"] = statistics.rms(before)
                 if not no_update:
                     numbers["dW_rms"] = statistics.rms(p.detach() - before)
-            if p not in self._gradients and p.grad is not None:  # a closure's, or a loop's without an optimizer
-                self._gradients[p] = statistics.norm(p.grad)
+            if p not in self._gradients:  # a closure's, or a loop's without an optimizer
+                self._take_gradient(p)
             if p in self._gradients:
                 numbers["g_W_norm"] = self._gradients[p]
+            if p in self._raw:
+                numbers["g_W_raw_norm"] = self._raw[p]
         for call in self._calls:
             if call.weight is not None:
                 before, g_W = self._copies.get(call.weight), call.weight.grad
@@ -331,16 +436,22 @@ class Recorder:
             if "g_W_norm" not in call.values:
                 frozen = not call.weight.requires_grad
                 gaps.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
+            elif "g_W_raw_norm" not in call.values:
+                gaps.append((call, "g_W_raw_norm", "changed between backward and step: told from the next sample on"))
         return gaps
 
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
+        self._calls.sort(key=lambda call: (call.backward, call.order))
         self._keep_trained_passes()
         gaps = self._reduce_weights(no_update)
         group = self.optimizers[0].param_groups[0] if self.optimizers else {}
         rate = {"lr": group["lr"]} if "lr" in group else {}
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
-        losses = self._read([*(call.values for call in self._calls), rate])
+        tables = [table for call in self._calls for table in (call.values, call.edges)]
+        losses = self._read([*tables, *self._scales.told.values(), rate])
+        self._divide_scales_out()
+        self._join_checkpoints()
         ways, more = derive(self._calls, self._given)
         gaps += more
         gaps += [
@@ -352,32 +463,57 @@ class Recorder:
         gaps += self._changed_ways(ways)
         rows = []
         for call in self._calls:
-            told = {column: float(value) for column, value in call.values.items() if column in COLUMNS}
+            told: dict[str, Any] = {name: float(value) for name, value in call.values.items() if name in COLUMNS}
+            if call.edge_gains:
+                by_parent = {self._index[parent.key]: gain for parent, gain in call.edge_gains.items()}
+                told["edge_gain"] = [by_parent.get(i) for i in self.layers[self._index[call.key]].parents]
             rows.append((call.backward, self._index[call.key], told))
         missing = [(self._index[call.key], column, reason) for call, column, reason in gaps]
         bins = [(self._index[c.key], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]
-        self._send(Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins))
+        sample = Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
+        self._send(dataclasses.replace(sample, loss_scale=self._scales.of(0), skipped=self._skipped))
+        self._skipped = []
 
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
         trained = sorted({call.backward for call in self._calls if call.events})
         if trained:
             number = {old: new for new, old in enumerate(trained)}
+            self._scales.told = {number[n]: told for n, told in self._scales.told.items() if n in number}
             self._calls = [call for call in self._calls if call.backward in number]
             for call in self._calls:
                 call.backward = number[call.backward]
+
+    def _join_checkpoints(self) -> None:
+        """Whoever reads a reentrant checkpoint reads the last call inside it."""
+        last = {call.within: call for call in self._calls if call.within is not None}
+        for call in self._calls:
+            ends = [last[checkpoint] for checkpoint in call.through if checkpoint in last]
+            call.parents = tuple(dict.fromkeys((*call.parents, *ends)))
+        self._given |= {last[checkpoint]: None for checkpoint in self._given_through if checkpoint in last}
+
+    def _divide_scales_out(self) -> None:
+        """Cotangents as those of the told loss itself."""
+        for call in self._calls:
+            scale = self._scales.of(call.backward)
+            if scale is not None and scale != 1:
+                divide(call.values, [k for k in call.values if k.startswith(("_g_", "g_a", "_entering"))], scale)
+                divide(call.edges, list(call.edges), scale)
 
     def _send(self, sample: Sample) -> None:
         for sink in self.sinks:
             sink.write(sample)
 
-    def _read(self, tables: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    def _read(self, tables: list[dict[Any, Any]]) -> list[tuple[int, float]]:
         """Replace every tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
         told: dict[int, Any] = {
             i: statistics.mean(x) if isinstance(x, Tensor) else x for i, (_, x) in enumerate(self._losses)
         }
         whole: list[dict[Any, Any]] = [*tables, told]
         places = [(table, key) for table in whole for key, value in table.items() if isinstance(value, Tensor)]
+        for table, key in places:
+            if hasattr(table[key], "full_tensor"):  # of a sharded tensor: the norm of the whole, on every process
+                table[key] = table[key].full_tensor()
         by_device: dict[torch.device, list[tuple[Any, Any]]] = {}
         for table, key in places:
             by_device.setdefault(table[key].device, []).append((table, key))

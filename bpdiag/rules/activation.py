@@ -8,6 +8,8 @@ what it is there, the largest slope, and
     r = 1 / sqrt(critical sigma_w^2), rounded to theory's two classes: 1/sqrt(2) for the relu kind, else 1
 
 so that d_w = log10(sig r) and d_s = log10(sl / r) are both 0 in a net that neither shrinks nor grows a gradient.
+Where a slope made from z cancels, it is computed in float32 at least.
+
 ``oracle`` is torch's own module of the same function and ``node`` the name autograd gives its backward: the tests
 compare with the first, the recorder recognizes both.
 
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from bpdiag.rules.arguments import floats, number, wrong
-from bpdiag.rules.function import Rule
+from bpdiag.rules.function import Rule, wide
 
 RELU_KIND = 1 / math.sqrt(2)
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
@@ -35,7 +37,8 @@ class Activation(Rule):
     """a = phi(z),  g_z = phi'(z) * g_a, elementwise on any shape.
 
     ``vjp(g_a, kept)`` takes what ``saves`` names: ``a`` where the slope is a function of the output (the output is
-    kept by the next layer anyway, so it costs nothing), else ``z``.
+    kept by the next layer anyway, so it costs nothing), else ``z``.  ``apply`` refuses all but
+    a tensor of real numbers.
     """
 
     saves: ClassVar[Literal["output", "input"]] = "output"
@@ -223,7 +226,9 @@ class Prelu(Activation):
 
 def _by_channel(p: Any, z: Tensor) -> Any:
     """One number for each channel of z (B, C, ...), ready to be multiplied with it."""
-    return p.view(-1, *[1] * (z.dim() - 2)) if isinstance(p, Tensor) and p.dim() == 1 and p.numel() > 1 else p
+    if not isinstance(p, Tensor):
+        return p
+    return p.reshape(()) if p.numel() == 1 else p.view(-1, *[1] * (z.dim() - 2))
 
 
 def _to_channels(g: Tensor, p: Tensor) -> Tensor:
@@ -286,9 +291,11 @@ class Gelu(Activation):
     node = "GeluBackward0"
 
     def forward(z):
-        return z * 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        x = wide(z)
+        return (x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))).to(z.dtype)
 
     def vjp(g_a, z):
+        z = wide(z)
         Phi = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
         return g_a * (Phi + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
@@ -309,9 +316,11 @@ class GeluTanh(Activation):
     node = "GeluBackward0"
 
     def forward(z):
-        return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)))
+        x = wide(z)
+        return (0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))).to(z.dtype)
 
     def vjp(g_a, z):
+        z = wide(z)
         t = torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z))
         dv = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
         return g_a * (0.5 * (1 + t) + 0.5 * z * (1 - t * t) * dv)
@@ -334,6 +343,7 @@ class Silu(Activation):
         return z * torch.sigmoid(z)
 
     def vjp(g_a, z):
+        z = wide(z)
         p = torch.sigmoid(z)
         return g_a * p * (1 + z * (1 - p))
 
@@ -375,6 +385,7 @@ class Mish(Activation):
         return z * torch.tanh(torch.logaddexp(z, torch.zeros_like(z)))
 
     def vjp(g_a, z):
+        z = wide(z)
         w = torch.tanh(torch.logaddexp(z, torch.zeros_like(z)))
         return g_a * (w + z * torch.sigmoid(z) * (1 - w * w))
 
@@ -430,7 +441,7 @@ class Hardswish(Activation):
         return z * torch.clamp(z + 3, 0, 6) / 6
 
     def vjp(g_a, z):
-        return (g_a * torch.where(z < 3, z / 3 + 0.5, 1.0)).masked_fill(z <= -3, 0)
+        return (g_a * torch.where(z < 3, wide(z) / 3 + 0.5, 1.0)).masked_fill(z <= -3, 0)
 
 
 class Hardsigmoid(Activation):

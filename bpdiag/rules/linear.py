@@ -41,7 +41,8 @@ class Linear(Rule):
         if x.shape[-1:] != W.shape[1:]:
             raise wrong("linear", "x", x, f"shape (..., {W.shape[1]}), for W {tuple(W.shape)}")
         shaped("linear", "b", b, W.shape[:1], "a number for each output")
-        return nn.functional.linear(x, W, b)
+        z = nn.functional.linear(x, W, b)
+        return z.clone() if z._is_view() else z  # one made inside a rule could not be changed in place
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

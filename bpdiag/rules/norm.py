@@ -341,8 +341,8 @@ def _centered(x: Tensor, over: Any, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _pulled(g: Tensor, centered: Tensor, r: Tensor, slope: Tensor, h: Tensor, hxn: Tensor) -> Tensor:
-    """g_x = slope g - r (h + xn hxn), with h and hxn the means and slope gamma r; in one buffer: new memory costs more than sums."""
-    return (centered * (-r * r * hxn)).sub_(r * h).addcmul_(g, slope)
+    """g_x = slope g - r (h + xn hxn), h and hxn the means, slope gamma r; new memory costs more than the sums."""
+    return torch.addcmul((g * slope).sub_(r * h), centered, -r * r * hxn)
 
 
 def _summed(t: Tensor, over: list[int]) -> Tensor:

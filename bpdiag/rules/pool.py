@@ -1,8 +1,9 @@
 """Pooling: one number for each window of places, the largest or the mean.
 
 Letters: i places of the input, j windows, which are the places of the output.  A window is a box, so that a mean over
-it is a mean along each dimension in turn, and so is what it sends back.  Dimensions before the pooled ones are batch
-and channels; one sample (C, ...) may come without the first, where the number of pooled dimensions is told by a tuple.
+it is a mean along each dimension in turn, and so is what it sends back; sums are made in float32 at least.  Dimensions
+before the pooled ones are batch and channels; one sample (C, ...) may come without the first, where the number of
+pooled dimensions is told by a tuple.
 """
 
 from __future__ import annotations

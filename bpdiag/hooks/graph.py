@@ -1,0 +1,129 @@
+"""Autograd's graph between watched calls: which outputs a call was computed from, and what each way down carries.
+
+At a place that several calls read (a block's input: its branch and its skip) the cotangents of the ways add up, and the
+sum says nothing of the parts.  So a hook on the last node of each way reads what that way alone sends down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from bpdiag import statistics
+from bpdiag.hooks.call import Call
+
+MOST_NODES = 10_000  # looked at between two layers
+
+Place = tuple[Any, int]  # a tensor of the graph: the node that made it, and which of its outputs it is
+Edge = tuple[Any, int]  # the node that reads it, and which of its inputs it is
+
+
+@dataclass
+class Walk:
+    """From an output down to the outputs of watched calls, with no watched call in between."""
+
+    parents: dict[Call, None] = field(default_factory=dict)
+    crossed: list[tuple[Place, Edge | None]] = field(default_factory=list)  # without an edge: handed on as it is
+    through: dict[Any, None] = field(default_factory=dict)  # reentrant checkpoints in whose insides it ends
+
+
+class Graph:
+    """The graph of one forward pass, as far as it was walked."""
+
+    def __init__(self) -> None:
+        self.made_by: dict[Place, Call] = {}
+        self._readers: dict[Place, dict[Edge | None, dict[Call | None, None]]] = {}
+        self._below: dict[Any, Walk] = {}  # a checkpoint -> what its input was computed from
+
+    def walk(self, outs: Iterable[Tensor], within: Any = None) -> Walk:
+        """Down from ``outs``; ``within`` the checkpoint whose recomputation made them, if one did."""
+        walk = Walk()
+        for out in outs:
+            if out.grad_fn is None:
+                continue
+            if (out.grad_fn, out.output_nr) in self.made_by:
+                walk.parents[self.made_by[out.grad_fn, out.output_nr]] = None
+                walk.crossed.append(((out.grad_fn, out.output_nr), None))
+            elif is_checkpoint(out.grad_fn):
+                self._end_at(out.grad_fn, walk)
+            else:
+                self._descend(out.grad_fn, walk, self._below.get(within))
+        return walk
+
+    def _descend(self, top: Any, walk: Walk, entry: Walk | None = None) -> None:
+        """Extend ``walk`` by all that lies below a node; ``entry`` lies below what a recomputation began with."""
+        seen, stack = {top}, [top]
+        while stack and len(seen) < MOST_NODES:
+            above = stack.pop()
+            # edges to a node already seen still count: another of its outputs may be a watched one
+            for i, (node, number) in enumerate(above.next_functions):
+                if node is None:
+                    continue
+                if hasattr(node, "variable"):  # a weight, or what a checkpoint detached
+                    if entry is not None and not isinstance(node.variable, nn.Parameter):
+                        walk.parents |= entry.parents
+                        walk.through |= entry.through
+                    continue
+                walk.crossed.append(((node, number), (above, i)))
+                if (node, number) in self.made_by:
+                    walk.parents[self.made_by[node, number]] = None
+                elif is_checkpoint(node):
+                    self._end_at(node, walk)
+                elif node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+
+    def _end_at(self, checkpoint: Any, walk: Walk) -> None:
+        walk.through[checkpoint] = None
+        if checkpoint not in self._below:
+            self._below[checkpoint] = below = Walk()
+            self._descend(checkpoint, below)
+
+    def read(self, walk: Walk, reader: Call | None) -> None:
+        """``reader``, or None for who reads the model's output, stands at the upper end of ``walk``."""
+        for place, edge in walk.crossed:
+            self._readers.setdefault(place, {}).setdefault(edge, {})[reader] = None
+
+    def measure_forks(self) -> None:
+        """Where ways part, have each way that is one call's alone measured: the norm lands in ``reader.edges``.
+
+        For when the forward pass is through: before, nobody knows who else will read a place.
+        """
+        alone: dict[tuple[Call, Call], list[Edge]] = {}
+        for place, edges in self._readers.items():
+            everyone = [reader for readers in edges.values() for reader in readers]
+            if len(set(everyone)) < 2:
+                continue
+            source = self._source(place, everyone)
+            for edge, readers in edges.items():
+                (reader, *others) = readers
+                if edge and reader and source and not others:
+                    alone.setdefault((reader, source), []).append(edge)
+        for (reader, source), ways in alone.items():
+            if len(ways) == 1:  # of several the norms do not add
+                _measure(reader, source, *ways[0])
+
+    def _source(self, place: Place, readers: Iterable[Call | None]) -> Call | None:
+        """Whose output it is, or was before a function changed it."""
+        if place in self.made_by:
+            return self.made_by[place]
+        shared = [set(reader.parents) for reader in readers if reader]
+        below = set.intersection(*shared) if shared else set()
+        return below.pop() if len(below) == 1 else None
+
+
+def is_checkpoint(node: Any) -> bool:
+    """Whether a node of the graph is a reentrant checkpoint: its inside is computed, with a graph, in the backward."""
+    return bool(node.name() == "CheckpointFunctionBackward")
+
+
+def _measure(reader: Call, source: Call, node: Any, i: int) -> None:
+    def arrived(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
+        g = grad_inputs[i]
+        again = source in reader.edges  # a second backward through the same graph
+        reader.edges[source] = None if again or g is None else statistics.norm(g)
+
+    node.register_hook(arrived)

@@ -1,0 +1,87 @@
+"""What a watcher did not see, each with its reason: modules never called, parameters that nobody updates or owns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from bpdiag.config import UsageError
+from bpdiag.hooks.call import is_leaf
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by the names they have without the wrappers of torch.compile and DistributedDataParallel.
+
+    Example:
+        >>> [name for name, _ in named_modules(torch.compile(nn.Sequential(nn.ReLU())))]
+        ['', '', '0']
+    """
+    spread = isinstance(model, nn.parallel.DistributedDataParallel)
+    for name, module in model.named_modules():
+        plain = re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix(".")
+        yield (re.sub(r"^module(\.|$)", "", plain) if spread else plain), module
+
+
+def unseen(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    seen: Collection[str],
+    passed_over: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """``{"what": module or parameter, "name": ..., "reason": ...}``, in the order of the model.
+
+    Args:
+        model: the watched one.
+        optimizers: those given.
+        seen: names of the modules in the layer table.
+        passed_over: name of a module that was called without being recorded -> why.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        >>> [line["name"] for line in unseen(model, [optimizer], ["0"], {})]
+        ['1', '1.weight', '1.bias']
+    """
+    found = []
+    for name, module in named_modules(model):
+        if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and name in seen:
+            found.append({"what": "module", "name": name, "reason": "fused: not visible inside"})
+        if name not in seen and is_leaf(module) and not isinstance(module, nn.Identity):
+            found.append({"what": "module", "name": name, "reason": passed_over.get(name) or _why(module)})
+    if optimizers:
+        owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            if p.requires_grad and p not in owned:
+                found.append({"what": "parameter", "name": name, "reason": "in no optimizer, so never updated"})
+        strangers = [tuple(p.shape) for p in owned - set(model.parameters())]
+        for shape in sorted(strangers):
+            reason = "in an optimizer, in no module of the model: replaced since, or another model's"
+            found.append({"what": "parameter", "name": f"of shape {shape}", "reason": reason})
+    return found
+
+
+def refuse(model: nn.Module) -> None:
+    """A model that cannot be watched is refused by name.
+
+    Raises:
+        UsageError: It is scripted, quantized, or spread over devices by threads.
+    """
+    for name, module in model.named_modules():
+        kind, where = type(module), f"model{'.' if name else ''}{name}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(f"{where}: {kind.__name__} is scripted and takes no hooks; watch it before torch.jit does")
+        if isinstance(module, nn.DataParallel):
+            raise UsageError(
+                f"{where}: DataParallel runs copies in threads; watch its module, or use DistributedDataParallel"
+            )
+        if kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise UsageError(f"{where}: {kind.__name__} is quantized and has no gradient; watch the float model")
+
+
+def _why(module: nn.Module) -> str:
+    if any(p.grad is not None for p in module.parameters(recurse=False)):
+        return "never called as a module: another one uses its parameters itself"
+    return "never called"

@@ -1,0 +1,111 @@
+"""A weight's gradient before and after what is done to it between backward and step.  Oracle: a run left alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from bpdiag import diagnosis, watch
+
+torch.set_num_threads(1)
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def run(change=lambda model: None, steps=2, scaler=None, lr=0.0, **options):
+    """Steps that leave the weights as they are, so that every step has the same gradients."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with watch(model, optimizer, scaler=scaler, **options) as watching:
+        for _ in range(steps):
+            loss = watching.loss(model(X).square().mean())
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+            change(model)
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+    return watching.trace
+
+
+def norms(trace, at, name):
+    values, there = trace.column(name)
+    return values[at][there[at]].tolist()
+
+
+def clip(model):
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+
+def replaced(model):
+    for p in model.parameters():
+        p.grad = p.grad / 3
+
+
+@pytest.mark.parametrize("change", [clip, replaced])
+def test_both_are_kept(change):
+    untouched, trace = run(), run(change)
+    assert norms(trace, 1, "g_W_raw_norm") == norms(untouched, 1, "g_W_norm")
+    after = norms(trace, 1, "g_W_norm")
+    assert all(a < 0.9 * b for a, b in zip(after, norms(untouched, 1, "g_W_norm"), strict=True))
+
+
+def test_the_first_sample_that_meets_it_says_so():
+    trace = run(clip)
+    assert norms(trace, 0, "g_W_raw_norm") == []
+    reasons = {(m.column, m.reason, m.from_step, m.to_step) for m in trace.missing if m.column == "g_W_raw_norm"}
+    assert reasons == {("g_W_raw_norm", "changed between backward and step: told from the next sample on", 0, 0)}
+
+
+def test_without_clipping_they_are_one():
+    trace = run()
+    for at in (0, 1):
+        assert norms(trace, at, "g_W_raw_norm") == norms(trace, at, "g_W_norm")
+        assert len(norms(trace, at, "g_W_norm")) == 2
+
+
+def test_the_notes_tell_how_much():
+    trace = run(replaced)
+    (note,) = [note for note in diagnosis.notes(trace) if "between backward and step" in note]
+    assert "at step 1 to 0.33 of their norm" in note
+    assert not any("between backward" in note for note in diagnosis.notes(run()))
+
+
+def test_a_scalers_factor_is_divided_out_of_both():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    trace, untouched = run(clip, scaler=scaler), run()
+    assert norms(trace, 1, "g_W_raw_norm") == norms(untouched, 1, "g_W_norm")
+    assert norms(trace, 1, "g_W_norm") == norms(run(clip), 1, "g_W_norm")
+
+
+def test_micro_batches_are_added_up_before():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer) as watching:
+        for _ in range(2):
+            for part in X.split(2):
+                (watching.loss(model(part).square().mean()) / 4).backward()
+            clip(model)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert norms(watching.trace, 1, "g_W_raw_norm") == pytest.approx(norms(run(), 1, "g_W_norm"), rel=1e-6)
+    assert norms(watching.trace, 1, "g_W_norm") == pytest.approx(norms(run(clip), 1, "g_W_norm"), rel=1e-6)
+
+
+def test_no_hook_is_left_on_a_weight():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, every=2):
+        assert all(p._post_accumulate_grad_hooks for p in (model[0].weight, model[2].weight))
+        model(X).sum().backward()
+        optimizer.step()
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())

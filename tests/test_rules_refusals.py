@@ -1,0 +1,168 @@
+"""What does not fit is refused by the rule: the error names the argument, what came and what was expected."""
+
+import pytest
+import torch
+from rule_suite import draw
+
+from bpdiag.rules import RULES
+from bpdiag.rules.norm import running_statistics
+
+X, X1 = draw((2, 4, 5, 6), (2, 4, 6))
+W, W1 = draw((6, 4, 2, 3), (6, 4, 3))
+ONES = torch.ones(4, dtype=torch.float64)
+MASK, INDEX = torch.ones(2, 4, 6, dtype=torch.bool), torch.tensor([[1, 0, 3], [3, 3, 1]])
+LOGITS, CLASSES = draw((3, 5))[0], torch.tensor([0, 1, 4])
+
+
+def meta(t):
+    return t.to("meta")
+
+
+# (rule, its inputs, its settings, the error, what it says)
+REFUSED = [
+    ("tanh", (X.int(),), {}, TypeError, "z is a tensor .* of torch.int32 on cpu; expected .*floating-point"),
+    ("relu", (X.to(torch.complex64),), {}, TypeError, "z is a tensor .* torch.complex64"),
+    ("gelu", (1.0,), {}, TypeError, "z is 1.0; expected a tensor"),
+    ("prelu", (X, "a"), {}, TypeError, "p is 'a'; expected a number or a tensor"),
+    ("prelu", (X, ONES[:3]), {}, ValueError, r"p is a tensor \(3,\) .* the 4 channels"),
+    ("prelu", (X, meta(ONES)), {}, ValueError, "p is .* on meta; expected it on cpu"),
+    ("linear", (X, W, None), {}, ValueError, r"W is .*; expected shape \(N_out, N_in\)"),
+    ("linear", (X, *draw((2, 5)), None), {}, ValueError, r"x is a tensor \(2, 4, 5, 6\) .* shape \(..., 5\)"),
+    ("linear", (X, *draw((2, 6), (3,))), {}, ValueError, r"b is .* shape \(2,\)"),
+    ("linear", (X.float(), *draw((2, 6)), None), {}, TypeError, "W is .* torch.float64 .* torch.float32, as x"),
+    ("linear", (X, meta(draw((2, 6))[0]), None), {}, ValueError, "W is .* on meta; expected it on cpu, where x is"),
+    ("cross_entropy", (LOGITS[0], CLASSES), {}, ValueError, r"z is .* logits of shape \(B, K\)"),
+    ("cross_entropy", (LOGITS, CLASSES[:2]), {}, ValueError, r"y is .* shape \(3,\)"),
+    ("cross_entropy", (LOGITS, CLASSES.double()), {}, TypeError, "y is .* torch.int64"),
+    ("cross_entropy", (LOGITS, meta(CLASSES)), {}, ValueError, "y is .* on cpu, where z is"),
+    ("cross_entropy", (LOGITS, CLASSES + 1), {}, IndexError, "y is out of range; expected classes from 0 to 4"),
+    ("conv", (X1[:, :3], W1, None), {}, ValueError, "x is .* 4 channels"),
+    ("conv", (X1, W1, None), {"stride": 0}, ValueError, "stride is 0; expected 1 or more"),
+    ("conv", (X1, W1, None), {"stride": (1, 1)}, ValueError, r"stride is \(1, 1\); expected a whole number or 1"),
+    ("conv", (X1, W1, None), {"dilation": 1.5}, TypeError, "dilation is 1.5; expected a whole number"),
+    ("conv", (X1, W1, None), {"groups": 4}, ValueError, "groups is 4; expected a divisor of 6"),
+    ("conv", (X1, W1, None), {"padding": "sam"}, ValueError, "padding is 'sam'; expected one of same, valid"),
+    ("conv", (X1, W1, None), {"padding": "same", "stride": 2}, ValueError, "padding is 'same'; expected stride 1"),
+    ("conv", (X1, W1, None), {"padding_mode": "mirror"}, ValueError, "padding_mode is 'mirror'; expected one of zeros"),
+    ("conv", (X1, W1, None), {"padding": 6, "padding_mode": "reflect"}, ValueError, "padding is .* at most 5"),
+    ("conv", (X1[..., :2], W1, None), {}, ValueError, "x is .* 3 places or more"),
+    ("conv", (X1, W1, ONES), {}, ValueError, r"b is .* shape \(6,\)"),
+    ("conv", (X1.float(), W1, None), {}, TypeError, "W is .* torch.float32, as x"),
+    ("conv", (X1, meta(W1), None), {}, ValueError, "W is .* on cpu, where x is"),
+    ("conv_transpose", (X1, W1[:4], None), {"padding": "same"}, TypeError, "padding is 'same'"),
+    ("conv_transpose", (X1, W1[:4], None), {"padding": "valid"}, TypeError, "padding is 'valid'"),
+    ("conv_transpose", (X1, W1[:4], None), {"output_padding": 1}, ValueError, "output_padding is 1; expected less"),
+    ("conv_transpose", (X1, W1[:4], None), {"padding": 9}, ValueError, "padding is 9; expected one that leaves"),
+    ("conv_transpose", (X1, W1, None), {}, ValueError, "x is .* 6 channels"),
+    ("batch_norm", (X1[0, :, :1].T, None, None), {}, ValueError, "x is .* more than one number for each channel"),
+    ("batch_norm", (X1, ONES[:3], None), {}, ValueError, "gamma is .* a number for each channel of x"),
+    ("batch_norm", (X1, None, None, ONES), {}, TypeError, "var is None; expected a tensor as mean"),
+    ("batch_norm", (X1, None, None, meta(ONES), ONES), {}, ValueError, "mean is .* on meta"),
+    ("batch_norm", (X1, None, None), {"eps": "a"}, TypeError, "eps is 'a'; expected a number"),
+    ("group_norm", (X1, None, None), {"num_groups": 3}, ValueError, "num_groups is 3; .* a divisor of the 4 channels"),
+    ("group_norm", (X1, None, None, 1, "a"), {}, TypeError, "eps is 'a'"),
+    ("group_norm", (X1[:1, :, :1], None, None, 4), {}, ValueError, "x is .* more than one number in a group"),
+    ("instance_norm", (X1, None, None, "a"), {}, TypeError, "eps is 'a'"),
+    ("instance_norm", (X1[:, :0], None, None), {}, ValueError, "x is .* a channel"),
+    ("instance_norm", (X1[..., :1], None, None), {}, ValueError, "x is .* more than one place"),
+    ("instance_norm", (X1[..., :0], None, None), {}, ValueError, "x is .* more than one place"),
+    ("layer_norm", (X1, ONES, None), {}, ValueError, r"gamma is \(4,\); expected the last sizes of x"),
+    ("layer_norm", (X1, None, None), {}, TypeError, "normalized_shape is None"),
+    ("layer_norm", (X1, None, None, 2.0), {}, TypeError, "normalized_shape is 2.0"),
+    ("layer_norm", (X1, None, None, 6, "a"), {}, TypeError, "eps is 'a'"),
+    ("rms_norm", (X1, None, 6, "a"), {}, TypeError, "eps is 'a'"),
+    ("rms_norm", (X1, None, 5), {}, ValueError, r"normalized_shape is \(5,\); expected the last sizes"),
+    ("max_pool", (X[0, 0], 2), {}, ValueError, "x is .* batch, channels and 1 to 3 dimensions"),
+    ("max_pool", (X, (2, 2, 2, 2)), {}, ValueError, r"kernel_size is \(2, 2, 2, 2\); expected 1 to 3"),
+    ("max_pool", (X, (2,)), {}, ValueError, r"x is .* 3 dimensions .* as kernel_size is \(2,\)"),
+    ("max_pool", (X, "ab"), {}, TypeError, "kernel_size is 'ab'"),
+    ("max_pool", (X, 0), {}, ValueError, "kernel_size is 0; expected 1 or more"),
+    ("max_pool", (X, 7), {}, ValueError, "kernel_size is 7; expected one that reaches no further than 5"),
+    ("max_pool", (X, 2), {"stride": 0}, ValueError, "stride is 0"),
+    ("max_pool", (X, 2), {"padding": 2}, ValueError, "padding is 2; expected at most half of the kernel's 2"),
+    ("max_pool", (X, 2), {"dilation": True}, TypeError, "dilation is True"),
+    (
+        "max_pool",
+        (X1[..., :2], 2),
+        {"padding": 1, "dilation": 3},
+        ValueError,
+        "dilation is 3; expected one whose every",
+    ),
+    ("max_pool", (X, 2), {"ceil_mode": 1}, TypeError, "ceil_mode is 1; expected True or False"),
+    ("max_pool", (X[:, :0], 2), {}, ValueError, "x is .* no size 0 but the batch's"),
+    ("max_pool", (X.int(), 2), {}, TypeError, "x is .* torch.int32"),
+    ("avg_pool", (X, 2), {"count_include_pad": None}, TypeError, "count_include_pad is None"),
+    ("avg_pool", (X, 2), {"divisor_override": 0}, ValueError, "divisor_override is 0"),
+    ("avg_pool", (X, 2), {"divisor_override": 0.5}, TypeError, "divisor_override is 0.5"),
+    (
+        "avg_pool",
+        (X[..., None], (2, 2, 2)),
+        {"padding": (0, 0, 1)},
+        ValueError,
+        r"kernel_size is .* at most \(5, 6, 1\)",
+    ),
+    ("adaptive_max_pool", (X, 0), {}, ValueError, "output_size is 0; expected 1 or more"),
+    ("adaptive_max_pool", (X, "ab"), {}, TypeError, "output_size is 'ab'"),
+    ("adaptive_max_pool", (X[..., :0], 1), {}, ValueError, "x is .* no size 0"),
+    ("adaptive_avg_pool", (X, (2, 2, 2, 2)), {}, ValueError, "output_size is .* 1 to 3 whole numbers"),
+    ("adaptive_avg_pool", (X[:, :0], 1), {}, ValueError, "x is .* no size 0"),
+    ("global_max_pool", (X[0, 0],), {}, ValueError, r"x is .* \(batch, channels, ...\)"),
+    ("global_max_pool", (X[..., :0],), {}, ValueError, "x is .* no size 0"),
+    ("global_avg_pool", (X.int(),), {}, TypeError, "x is .* torch.int32"),
+    ("add", (X1, ONES), {}, ValueError, "f is .* that of a"),
+    ("add", (X1.float(), X1), {}, TypeError, "f is .* torch.float32, as a"),
+    ("add", (X1, X1, torch.ones(1)), {}, TypeError, "beta is .* torch.float64, as a"),
+    ("add", (X1, X1, ONES), {}, ValueError, "beta is .* a shape that broadcasts"),
+    ("add", (X1, meta(X1)), {}, ValueError, "f is .* on cpu, where a is"),
+    ("concat", (0,), {}, ValueError, r"tensors is \(\); expected at least one"),
+    ("concat", (0, X1, X1[:, :3]), {}, ValueError, "tensor 1 is .* the shape of tensor 0"),
+    ("concat", (3, X1), {}, ValueError, "dim is 3; expected a dimension of tensor 0"),
+    ("concat", (0, X1[0].float(), X1[0]), {}, TypeError, "tensor 1 is .* as tensor 0"),
+    ("flatten", (X1, 3), {}, ValueError, "start_dim is 3; expected a dimension of x"),
+    ("flatten", (X1, 2, 1), {}, ValueError, "start_dim is 2; expected no dimension after end_dim 1"),
+    ("pad", (X1, (6, 0)), {"mode": "reflect"}, ValueError, r"pad is \(6, 0\); expected at most 5 in mode reflect"),
+    ("pad", (X1, (1,)), {}, ValueError, r"pad is \(1,\); expected a pair"),
+    ("pad", (X1, 1), {}, TypeError, "pad is 1; expected a sequence"),
+    ("pad", (X1, (1, 1)), {"mode": "mirror"}, ValueError, "mode is 'mirror'; expected one of constant"),
+    ("pad", (X1, (-4, -4)), {}, ValueError, "pad is .* no more cropped"),
+    ("dropout", (X1, X1), {}, TypeError, "mask is .* torch.bool"),
+    ("dropout", (X1, MASK[:1, :3]), {}, ValueError, "mask is .* a shape that broadcasts"),
+    ("dropout", (X1, meta(MASK)), {}, ValueError, "mask is .* on cpu, where x is"),
+    ("dropout", (X1, MASK, 1.5), {}, ValueError, "p is 1.5; expected a number from 0 to 1"),
+    ("embedding", (INDEX + 9, W[0, :, 0]), {}, IndexError, "index is out of range; expected rows of W, 0 to 3"),
+    ("embedding", (INDEX.double(), W[0, :, 0]), {}, TypeError, "index is .* torch.int64 or torch.int32"),
+    ("embedding", (INDEX, ONES), {}, ValueError, r"W is .* shape \(V, D\)"),
+    ("embedding", (INDEX, W[0, :, 0], 4), {}, ValueError, "padding_idx is 4; expected a row of W, 0 to 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "inputs", "settings", "kind", "words"), REFUSED)
+def test_what_does_not_fit_is_named(name, inputs, settings, kind, words):
+    with pytest.raises(kind, match=rf"^{name}: ({words})") as caught:
+        RULES[name].apply(*inputs, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_rule_that_could_refuses_something():
+    activations = {name for name, rule in RULES.items() if rule.__module__.endswith("activation")}
+    assert {name for name, *_ in REFUSED} >= RULES.keys() - activations
+
+
+@pytest.mark.parametrize(("k", "argument"), [(0, "mean"), (1, "var")])
+def test_running_statistics_have_no_gradient(k, argument):
+    statistics = [ONES.clone().requires_grad_(i == k) for i in (0, 1)]
+    with pytest.raises(TypeError, match=f"batch_norm: {argument} is asked for a gradient"):
+        RULES["batch_norm"].apply(X1, None, None, *statistics)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ((None, 0), ValueError, "batches is 0; expected 1 or more"),
+        ((None,), TypeError, "batches is None; expected their number"),
+        (("a",), TypeError, "momentum is 'a'"),
+    ],
+)
+def test_running_statistics_refuse(settings, kind, words):
+    with pytest.raises(kind, match=f"running_statistics: {words}"):
+        running_statistics(X1, ONES, ONES, *settings)
