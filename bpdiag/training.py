@@ -81,9 +81,12 @@ def check(config: Config) -> None:
     if batch > samples:
         raise UsageError(f"data.batch_size={batch}: the training split has {samples} samples")
     whole, rest = divmod(samples, batch)
-    if config.model.normalization == "batch" and (batch == 1 or (rest == 1 and steps(config, samples) > whole)):
+    one_comes = batch == 1 or (rest == 1 and steps(config, samples) > whole)
+    if one_comes and model.normalization(config.model) == "batch":
         one = "is one sample" if batch == 1 else f"leaves a last batch of one sample of {samples}"
-        raise UsageError(f"data.batch_size={batch}: {one}; model.normalization=batch needs two or more in a batch")
+        raise UsageError(
+            f"data.batch_size={batch}: {one}; batch normalization needs two or more (or model.normalization=none)"
+        )
 
 
 def steps(config: Config, samples: int) -> int:

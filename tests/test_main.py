@@ -224,7 +224,7 @@ BAD = [
     (["model.name=cnn", "model.residual=identity"], "of model.name=mlp only"),
     (["model.name=cnn", "model.depth=2"], "too few for model.name=cnn"),
     (["model.name=cn"], "did you mean 'cnn'"),
-    (["model.normalization=batch", "data.batch_size=1"], "needs two or more in a batch"),
+    (["model.normalization=batch", "data.batch_size=1"], "batch normalization needs two or more"),
     (["data.name=cifar10", "data.root=file"], "data.root=file: no such folder"),
     (["expect=3"], "expect"),
     ([""], "unknown command"),

@@ -39,6 +39,7 @@ NETS = {
     "batch": {"normalization": "batch", "activation": "tanh"},
     "residual_batch": {"residual": "identity", "normalization": "batch", "branch_scale": "0.3"},
     "cnn": {"name": "cnn"},
+    "cnn_plain": {"name": "cnn", "normalization": "none"},
     "cnn_layer": {"name": "cnn", "normalization": "layer", "activation": "gelu"},
     "cnn_batch": {"name": "cnn", "normalization": "batch", "weight_variance": "orthogonal"},
 }
@@ -106,9 +107,12 @@ def test_modules_are_named_by_what_they_are_and_their_layer():
     assert names(depth=4, residual="identity", normalization="layer") == (
         "linear1 layernorm1 relu1 linear2 layernorm2 relu2 sum2 linear3 layernorm3 relu3 sum3 linear4"
     )
-    assert names(PICTURE, name="cnn", depth=4, normalization="batch") == (
+    assert names(PICTURE, name="cnn", depth=4) == (
         "unflatten conv1 batchnorm1 relu1 maxpool1 conv2 batchnorm2 relu2 maxpool2 flatten2 "
         "linear3 batchnorm3 relu3 linear4"
+    )
+    assert names(PICTURE, name="cnn", depth=3, normalization="none") == (
+        "unflatten conv1 relu1 maxpool1 conv2 relu2 maxpool2 flatten2 linear3"
     )
 
 
@@ -158,7 +162,7 @@ def test_a_picture_too_small_for_two_convolutions_and_pools_is_refused(shape):
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (1, 28, 28), (3, 32, 32), (2, 13, 29)])
 def test_a_cnn_takes_flat_pictures_of_any_larger_shape(shape):
-    net = build(ModelConfig(name="cnn", depth=3), shape, 4, seed=0)
+    net = build(ModelConfig(name="cnn", depth=3), shape, 4, seed=0).eval()
     x = torch.randn(2, *shape)
     assert net(x.flatten(1)).shape == (2, 4)
     assert torch.equal(net[1:](x), net(x.flatten(1)))

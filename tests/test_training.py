@@ -127,13 +127,14 @@ def test_evaluation_does_not_depend_on_who_else_is_in_the_batch():
     assert torch.equal(net.batchnorm1.running_mean, before)
 
 
+@pytest.mark.parametrize("model", [ModelConfig(normalization="batch"), ModelConfig(name="cnn")], ids=["batch", "cnn"])
 @pytest.mark.parametrize(("batch_size", "steps"), [(1, 1), (81, 0), (81, 680)])
-def test_a_batch_of_one_is_refused_where_a_batch_is_normalized(batch_size, steps):
+def test_a_batch_of_one_is_refused_where_a_batch_is_normalized(batch_size, steps, model):
     """55,000 samples in batches of 81 leave one."""
     config = Config(data=DataConfig(batch_size=batch_size), training=TrainingConfig(steps=steps))
     training.check(config)
-    config.model.normalization = "batch"
-    with pytest.raises(UsageError, match=f"data.batch_size={batch_size}: .*needs two or more"):
+    config.model = model
+    with pytest.raises(UsageError, match=f"data.batch_size={batch_size}: .*batch normalization needs two or more"):
         training.check(config)
 
 
@@ -143,9 +144,7 @@ def test_a_batch_of_two_is_not_nor_one_that_is_never_reached(batch_size, steps):
     training.check(Config(model=model, data=DataConfig(batch_size=batch_size), training=TrainingConfig(steps=steps)))
 
 
-@pytest.mark.parametrize(
-    "options", [{"name": "cnn", "normalization": "batch"}, {"residual": "identity"}], ids=["cnn", "residual"]
-)
+@pytest.mark.parametrize("options", [{"name": "cnn"}, {"residual": "identity"}], ids=["cnn", "residual"])
 def test_what_is_kept_of_any_net_is_what_was_trained(options, tmp_path):
     result = training.train(small(steps=6, **options), tmp_path / "run")
     kept, x = training.load(tmp_path / "run"), data.load(DataConfig()).test.x[:20]
