@@ -51,9 +51,7 @@ class ModelConfig:
     bias_variance: str = option("preset", "Var b: a number, or a preset's: 1/(3 fan_in) for torch, else 0")
     residual: str = option("none", "none, or identity: a block adds to what enters it, a = a_below + scale phi(z)")
     branch_scale: str = option("1", "of residual blocks: a number, or 1/sqrt(blocks)")
-    normalization: str = option(
-        "preset", "of z below its activation: none, layer, batch; preset: batch for cnn, else none"
-    )
+    normalization: str = option("preset", "of every z: none, layer, batch, or a preset: batch for a cnn, else none")
     backward: str = option("handwritten", "handwritten: our rules; autograd: torch's own")
 
 
