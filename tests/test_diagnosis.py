@@ -127,7 +127,55 @@ def nan_from(first: int) -> Callable[[int], float]:
 
 VANISH, GROW = ("vanishing", "harm"), ("exploding", "harm")
 DEAD = {"dead": [0.0, 0.9, 0.0, 0.0], "slope": [HALF, 1e-3, HALF, HALF]}
+
+
+def noted(trace: Trace, **meta) -> Trace:
+    """A trace with more in its meta."""
+    trace.meta |= meta
+    return trace
+
+
+def path(*ops: str) -> list[dict]:
+    """Operations from an output of ten classes to a loss."""
+    return [{"op": "Output", "shape": [B, K]}, *({"op": op, "shape": [B, K]} for op in ops)]
+
+
+def stale(share: float) -> Callable[[int, str, dict], None]:
+    """From the second step on .grad holds so much already; the first finds none."""
+
+    def edit(step: int, name: str, row: dict) -> None:
+        if "g_W_norm" in row:
+            row.update(g_W_raw_norm=row["g_W_norm"], g_W_stale_norm=share * row["g_W_norm"] * (step > 0))
+
+    return edit
+
+
+def started(loss: float, z: float = 1.0, saturated: float = 0.0, weights: float = 1.0) -> Trace:
+    """A tanh net whose first loss, last preactivations, saturation and weights (over critical) are these."""
+
+    def edit(step: int, name: str, row: dict) -> None:
+        if step == 0 and name == "z5":
+            row["z_rms"] = z
+        if name.startswith("a"):
+            row["a_saturated_fraction"] = saturated if step == 0 else 0.1
+
+    course = lambda step: loss if step == 0 else learning(step)  # noqa: E731
+    return net(phi=("tanh", 1.0, 1.0), sig=weights, slope=1.0 / weights, loss=course, edit=edit)
+
+
+LEFT = {"what": "parameter", "name": "head.weight", "reason": "in no optimizer, so never updated"}
+STRANGER = {"what": "parameter", "name": "of shape (5, 8)", "reason": "in an optimizer, in no module of the model: ..."}
 CASES = {
+    "disconnected": (lambda: noted(net(), unseen=[LEFT, STRANGER]), lambda: noted(net(), unseen=[STRANGER])),
+    "loss_interface": (
+        lambda: noted(net(), loss_path=path("Softmax", "LogSoftmax", "NllLoss")),
+        lambda: noted(net(), loss_path=path("LogSoftmax", "NllLoss")),
+    ),
+    "stale_gradient": (lambda: net(edit=stale(0.9)), lambda: net(edit=stale(0.0))),
+    "update_too_small": (lambda: net(update=0.0), lambda: net(update=2e-5)),
+    "saturated": (lambda: started(5.0, saturated=0.8, weights=9.0), lambda: started(5.0, saturated=0.2, weights=9.0)),
+    "forward_scale": (lambda: started(9.0, z=20.0), lambda: started(9.0, z=2.0)),
+    "update_too_large": (lambda: net(update=0.2, loss=stuck), lambda: net(update=0.2)),
     "non_finite": (lambda: net(edit=spoil(60, "z2", z_norm=INF)), lambda: net(edit=spoil(60, "z2", z_norm=1e30))),
     "dead_units": (lambda: net(**DEAD, planned=300), lambda: net(**DEAD | {"dead": 0.1, "slope": HALF}, planned=300)),
     "exploding": (lambda: by(3.2), lambda: by(2.8)),
@@ -204,7 +252,8 @@ LINES = {  # name: (trace, what is found)
     "travel under Adam": (lambda: by(-1.5, update=[9e-6] + [1e-3] * 4, adam=True), [VANISH]),
     "luck": (lambda: by(-0.9, update=[1e-9] + [1e-3] * 4), []),
     "beyond luck": (lambda: by(-1.1, update=[1e-9] + [1e-3] * 4), [VANISH]),
-    "no layer moves": (lambda: by(-1.5, update=1e-9), []),
+    "no layer moves": (lambda: by(-1.5, update=1e-9), [("update_too_small", "harm")]),
+    "no layer moves in a short run": (lambda: by(-1.5, update=1e-9, planned=50), []),
     "under a tenth of ln 10": (lambda: by(-5, loss=late), []),
     "under a tenth of the first loss": (lambda: by(-5, loss=lambda s: 15 if s == 0 else 1.1), []),
     "guessing after a wild start": (lambda: by(-5, loss=lambda s: 30 if s == 0 else 2.3), [VANISH]),
@@ -389,7 +438,10 @@ BREAKS = {  # what broke: ({layer: numbers}, where)
     "input": ({"z1": {"x_rms": NAN, "z_norm": NAN}, "z2": {"z_norm": NAN}}, "z1#0"),
     "forward": ({"a2": {"a_norm": INF}, "z3": {"z_norm": INF}, "z5": {"g_z_norm": NAN}}, "a2#0"),
     "weights": ({"z2": {"W_rms": NAN, "z_norm": NAN}, "a2": {"a_norm": NAN}, "z4": {"z_norm": NAN}}, "z2#0"),
-    "backward": ({"z3": {"g_z_norm": INF}, "a2": {"g_a_norm": NAN}, "z1": {"g_z_norm": NAN}}, "z3#0"),
+    "backward": (
+        {"z3": {"g_z_norm": INF}, "a2": {"g_a_norm": NAN}, "z1": {"g_z_norm": NAN}},
+        "a3#0",
+    ),  # whose backward made it
 }
 
 

@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 
 from bpdiag.diagnosis import blocks
+from bpdiag.diagnosis.beginning import forward_scale, saturated
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
 from bpdiag.diagnosis.harm import LUCK
+from bpdiag.diagnosis.interface import loss_interface
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
+from bpdiag.diagnosis.updates import stale_gradient, update_too_large, update_too_small
+from bpdiag.diagnosis.wiring import disconnected
 from bpdiag.trace import Trace, write_json
 
 __all__ = [
@@ -40,11 +44,27 @@ __all__ = [
 # kind: its generator; the order is the order of telling
 DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "non_finite": non_finite,
+    "disconnected": disconnected,
+    "loss_interface": loss_interface,
+    "stale_gradient": stale_gradient,
+    "update_too_small": update_too_small,
+    "saturated": saturated,
+    "forward_scale": forward_scale,
     "dead_units": dead_units,
     "exploding": exploding,
     "vanishing": vanishing,
+    "update_too_large": update_too_large,
 }
-VERDICTS = {"non_finite": "not finite", "dead_units": "dies", "exploding": "blows up", "vanishing": "dies"}
+VERDICTS = {"non_finite": "not finite", "exploding": "blows up"}  # every other harm: dies
+# one fault, one finding: where the first is found, the others are what it does
+CAUSES = {
+    "non_finite": ("forward_scale", "exploding", "update_too_large"),
+    "saturated": ("forward_scale",),
+    "stale_gradient": ("update_too_large",),
+    "dead_units": ("update_too_large",),
+    "update_too_small": ("vanishing",),
+    "exploding": ("forward_scale",),
+}
 
 
 def diagnose(trace: Trace) -> list[Finding]:
@@ -62,8 +82,14 @@ def diagnose(trace: Trace) -> list[Finding]:
         raise ValueError("the trace has no sampled step: nothing was measured")
     p = profile(trace)
     found = [finding for detect in DIAGNOSES.values() for finding in detect(p)]
-    if any(f.kind == "dead_units" and f.severity == "harm" for f in found):  # one fault, one finding
-        found = [f for f in found if f.kind != "vanishing" or f.cause not in ("slopes", "alignment")]
+    harms = {f.kind for f in found if f.severity == "harm"}
+    explained = {effect for kind in harms for effect in CAUSES.get(kind, ())}
+    flat = harms & {"dead_units", "saturated"}
+    found = [
+        f
+        for f in found
+        if f.kind not in explained and not (flat and f.kind == "vanishing" and f.cause in ("slopes", "alignment"))
+    ]
     return sorted(found, key=lambda finding: finding.severity != "harm")
 
 
@@ -122,7 +148,7 @@ def verdict(findings: Sequence[Finding]) -> str:
     harms = [finding for finding in findings if finding.severity == "harm"]
     if not harms:
         return "weakened" if findings else "lives"
-    word = VERDICTS[harms[0].kind]
+    word = VERDICTS.get(harms[0].kind, "dies")
     return "dies later" if word == "dies" and harms[0].onset_step > 0 else word
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
 from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
-from bpdiag.hooks.unseen import named_modules, refuse, unseen
+from bpdiag.hooks.unseen import foreign_parameters, named_modules, refuse, unseen
 from bpdiag.rules import Activation
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
@@ -77,6 +78,7 @@ class Recorder:
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
         self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
+        self._foreign: list[nn.Parameter] | None = None  # parameters of the forward pass that are not the model's
         self._touched = False  # whether gradients were seen to change between backward and step
         self._forget()
 
@@ -116,7 +118,7 @@ class Recorder:
     def unseen(self) -> list[dict[str, str]]:
         """Modules and parameters that no sampled step told anything of, each with its reason."""
         seen = {name for name, _ in self._index}
-        return unseen(self.model, self.optimizers, seen, self._passed_over)
+        return unseen(self.model, self.optimizers, seen, self._passed_over, self._foreign or ())
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
@@ -163,6 +165,7 @@ class Recorder:
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
         for weight in self._weights():
             if weight.requires_grad:
+                self._handles.append(weight.register_hook(_Hook(partial(self._met_by_backward, weight))))
                 self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(self._left_by_backward)))
         if not self.optimizers:
             self._weights_before(self._weights())
@@ -180,6 +183,7 @@ class Recorder:
         self._counts: dict[nn.Module, int] = {}
         self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
         self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
@@ -192,6 +196,7 @@ class Recorder:
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
         self._raw: dict[nn.Parameter, Tensor] = {}
+        self._stale: dict[nn.Parameter, Tensor | float] = {}  # what .grad held before
 
     # ---- forward -------------------------------------------------------------------------------------
 
@@ -211,6 +216,7 @@ class Recorder:
             self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
             self._graph = Graph()
+            self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
         if self._listening() and args:
@@ -221,6 +227,8 @@ class Recorder:
         if self._listening():
             self._inside = False
             outs = [t for t in leaves(output) if t.grad_fn is not None]
+            if self._foreign is None:
+                self._foreign = foreign_parameters(self.model, outs, self._entered)
             self._outputs |= {(t.grad_fn, t.output_nr) for t in outs}
             walk = self._graph.walk(outs)
             self._given |= walk.parents
@@ -381,6 +389,11 @@ class Recorder:
             default = self.optimizers[-1]
             self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
 
+    def _met_by_backward(self, p: nn.Parameter, g: Tensor) -> None:
+        """A backward is about to add to a weight's gradient: the first of a step should find none."""
+        if p not in self._stale:
+            self._stale[p] = 0.0 if p.grad is None else statistics.norm(p.grad)
+
     def _left_by_backward(self, p: nn.Parameter) -> None:
         """A backward has added to a weight's gradient; its norm is taken where such have been changed afterwards."""
         if p.grad is not None:
@@ -412,9 +425,10 @@ class Recorder:
     def _reduce_weights(self, no_update: str) -> list[Gap]:
         """Norms of weights, gradients and updates into the values of their calls; what is missing, and why."""
         gaps: list[Gap] = []
-        told: dict[nn.Parameter, dict[str, Tensor]] = {}
+        told: dict[nn.Parameter, dict[str, Tensor | float]] = {}
         for p in self._weights():
-            told[p] = numbers = {}
+            numbers: dict[str, Tensor | float] = {}
+            told[p] = numbers
             before = self._copies.get(p)
             if before is not None and before.numel():
                 numbers["W_rms"] = statistics.rms(before)
@@ -426,6 +440,8 @@ class Recorder:
                 numbers["g_W_norm"] = self._gradients[p]
             if p in self._raw:
                 numbers["g_W_raw_norm"] = self._raw[p]
+            if p in self._stale:
+                numbers["g_W_stale_norm"] = self._stale[p]
         for call in self._calls:
             if call.weight is not None:
                 before, g_W = self._copies.get(call.weight), call.weight.grad
@@ -444,6 +460,8 @@ class Recorder:
             if "g_W_norm" not in call.values:
                 frozen = not call.weight.requires_grad
                 gaps.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
+            elif "g_W_stale_norm" not in call.values:
+                gaps.append((call, "g_W_stale_norm", "no backward was seen to come to it"))
             elif "g_W_raw_norm" not in call.values:
                 gaps.append((call, "g_W_raw_norm", "changed between backward and step: told from the next sample on"))
         return gaps
