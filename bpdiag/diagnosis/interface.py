@@ -34,7 +34,7 @@ def loss_interface(p: Profile) -> Iterator[Finding]:
             end = _end(p)
             yield Finding(
                 kind="loss_interface",
-                severity="warning" if len(p.converged) and p.converged[-1] else "harm",
+                severity="warning" if p.converged[-1] and p.losses[-1] >= 0 else "harm",
                 layers=(end.key,) if end else (),
                 onset_step=int(p.steps[0]),
                 cause=cause,

@@ -114,6 +114,8 @@ def stale_gradient(p: Profile) -> Iterator[Finding]:
     old, there = p.trace.column("g_W_stale_norm")
     met = p.trace.column("g_W_raw_norm")[0]
     share = np.where(there & (met > 0), old / np.where(met > 0, met, 1), np.nan)[:, p.lines]
+    moved = np.nan_to_num(p.trace.column("update_ratio")[0][:, p.lines]).max(axis=0, initial=0) > 0
+    share[:, ~moved] = np.nan  # who is in no optimizer is cleared by none
     later = p.steps > 0
     known = np.isfinite(share).any(axis=1)
     stale = np.zeros(len(p.steps), bool)
