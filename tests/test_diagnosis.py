@@ -163,6 +163,42 @@ def started(loss: float, z: float = 1.0, saturated: float = 0.0, weights: float 
     return net(phi=("tanh", 1.0, 1.0), sig=weights, slope=1.0 / weights, loss=course, edit=edit)
 
 
+def decayed(decay: float) -> Trace:
+    """A net on a plateau under weight decay; |W| is 14 where |g_W| is 1."""
+    trace = net(loss=stuck)
+    trace.meta["optimizer"]["weight_decay"] = decay
+    return trace
+
+
+def plain(slope: float) -> Trace:
+    """Weight layers with nothing watched between them; what lies there multiplies by ``slope``."""
+    layers = [
+        Layer(f"z{n}", 0, "linear", (B, 10), (n - 1,) if n else (), n + 1 if n < 2 else None, fan_in=10, units=10)
+        for n in range(3)
+    ]
+    rows = [
+        (0, n, {"g_z_norm": 1.0, "weight_factor": 1.0, "slope_factor": slope, "backward_gain": slope}) for n in (0, 1)
+    ]
+    rows.append((0, 2, {"g_z_norm": 1.0}))
+    samples = [Sample(s, layers, rows, [(s, learning(s))], 0.1) for s in range(0, 200, 10)]
+    return Trace.build(layers, samples, {"planned_steps": 1000, "optimizer": {"sgd_like": True}})
+
+
+def residual(branch: float) -> Trace:
+    """Twenty blocks x + f(x), whose branches carry so much."""
+    layers, rows = [Layer("x0", 0, "linear", (B, 10), fan_in=10, units=10)], [(0, 0, {"g_z_norm": 1.0})]
+    for n in range(1, 21):
+        below = len(layers) - 1
+        layers += [
+            Layer(f"f{n}", 0, "linear", (B, 10), (below,), fan_in=10, units=10),
+            Layer(f"x{n}", 0, "sum", (B, 10), (below, below + 1)),
+        ]
+        rows.append((0, len(layers) - 2, {"g_z_norm": 1.0, "edge_gain": [branch], "decades": 0.0}))
+        rows.append((0, len(layers) - 1, {"g_z_norm": 1.0, "edge_gain": [1.0, 1.0]}))
+    samples = [Sample(s, layers, rows, [(s, learning(s))], 0.1) for s in range(0, 200, 10)]
+    return Trace.build(layers, samples, {"planned_steps": 300, "optimizer": {"sgd_like": True}})
+
+
 LEFT = {"what": "parameter", "name": "head.weight", "reason": "in no optimizer, so never updated"}
 STRANGER = {"what": "parameter", "name": "of shape (5, 8)", "reason": "in an optimizer, in no module of the model: ..."}
 CASES = {
@@ -176,6 +212,13 @@ CASES = {
     "saturated": (lambda: started(5.0, saturated=0.8, weights=9.0), lambda: started(5.0, saturated=0.2, weights=9.0)),
     "forward_scale": (lambda: started(9.0, z=20.0), lambda: started(9.0, z=2.0)),
     "update_too_large": (lambda: net(update=0.2, loss=stuck), lambda: net(update=0.2)),
+    "over_regularized": (lambda: decayed(1.0), lambda: decayed(1e-4)),
+    "linear_stack": (lambda: plain(1.0), lambda: plain(0.9)),
+    "correlation_collapse": (
+        lambda: net(cosine=[0.5, 0.9, 0.99, 0.999, 0.5], loss=stuck),
+        lambda: net(cosine=[0.5, 0.9, 0.99, 0.99, 0.5], loss=stuck),
+    ),
+    "residual_mismatch": (lambda: residual(1.5), lambda: residual(0.5)),
     "non_finite": (lambda: net(edit=spoil(60, "z2", z_norm=INF)), lambda: net(edit=spoil(60, "z2", z_norm=1e30))),
     "dead_units": (lambda: net(**DEAD, planned=300), lambda: net(**DEAD | {"dead": 0.1, "slope": HALF}, planned=300)),
     "exploding": (lambda: by(3.2), lambda: by(2.8)),

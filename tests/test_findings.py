@@ -77,6 +77,27 @@ class Listed(nn.Module):
         return self.head(x)
 
 
+class Blocks(nn.Module):
+    """x + scale W relu(x), with He's weights."""
+
+    def __init__(self, depth, scale):
+        super().__init__()
+        self.first, self.head = nn.Linear(20, 64), nn.Linear(64, 5)
+        self.inner = large(nn.ModuleList(nn.Linear(64, 64) for _ in range(depth)), 2)
+        self.sums, self.act, self.scale = nn.ModuleList(Sum() for _ in range(depth)), nn.ReLU(), scale
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer, total in zip(self.inner, self.sums, strict=True):
+            x = total(x, self.scale * layer(self.act(x)))
+        return self.head(x)
+
+
+class Sum(nn.Module):
+    def forward(self, skip, branch):
+        return skip + branch
+
+
 def replaced(when):
     """The head is replaced before or after the optimizer is made."""
 
@@ -175,6 +196,22 @@ CASES = {
         ("forward_scale", "input scale"),
         fit(lambda: large(mlp(), 2), x=100 * X.abs(), optimizer=lambda m: sgd(m, 1e-6)),
         fit(lambda: large(mlp(), 2), x=X.abs()),
+    ),
+    "no activation at all": Case(
+        ("linear_stack", "no activation"),
+        fit(lambda: nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 32), nn.Linear(32, 5))),
+        fit(mlp),
+    ),
+    "sixteen blocks with branches at full size": Case(
+        ("residual_mismatch", "branches too large"),
+        fit(lambda: Blocks(16, 1.0), optimizer=lambda m: sgd(m, 1e-8), planned=90),
+        fit(lambda: Blocks(16, 0.25), optimizer=lambda m: sgd(m, 1e-2), planned=90),
+    ),
+    "a decay that outweighs the loss": Case(
+        ("over_regularized", "weight decay"),
+        fit(mlp, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.05, weight_decay=2.0)),
+        fit(mlp, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.05, weight_decay=1e-4)),
+        steps=60,
     ),
     "relu of weights far too large": Case(
         ("forward_scale", "initialization"),

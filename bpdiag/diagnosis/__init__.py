@@ -22,6 +22,7 @@ from bpdiag.diagnosis.harm import LUCK
 from bpdiag.diagnosis.interface import loss_interface
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
+from bpdiag.diagnosis.structure import correlation_collapse, linear_stack, over_regularized, residual_mismatch
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
 from bpdiag.diagnosis.updates import stale_gradient, update_too_large, update_too_small
 from bpdiag.diagnosis.wiring import disconnected
@@ -51,9 +52,13 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "saturated": saturated,
     "forward_scale": forward_scale,
     "dead_units": dead_units,
+    "residual_mismatch": residual_mismatch,
     "exploding": exploding,
     "vanishing": vanishing,
     "update_too_large": update_too_large,
+    "over_regularized": over_regularized,
+    "linear_stack": linear_stack,
+    "correlation_collapse": correlation_collapse,
 }
 VERDICTS = {"non_finite": "not finite", "exploding": "blows up"}  # every other harm: dies
 # one fault, one finding: where the first is found, the others are what it does
@@ -61,9 +66,15 @@ CAUSES = {
     "non_finite": ("forward_scale", "exploding", "update_too_large"),
     "saturated": ("forward_scale",),
     "stale_gradient": ("update_too_large",),
-    "dead_units": ("update_too_large",),
-    "update_too_small": ("vanishing",),
+    "dead_units": ("update_too_large", "correlation_collapse"),
+    "update_too_small": ("vanishing", "correlation_collapse"),
+    "residual_mismatch": ("exploding", "forward_scale"),
     "exploding": ("forward_scale",),
+    "vanishing": ("correlation_collapse",),
+    "over_regularized": ("vanishing", "correlation_collapse"),
+    "loss_interface": ("correlation_collapse",),
+    "disconnected": ("correlation_collapse",),
+    "update_too_large": ("correlation_collapse",),
 }
 
 
