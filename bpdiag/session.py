@@ -127,6 +127,7 @@ class Watch:
             "optimizer": hooks.describe(optimizers),
             "model": type(model).__name__,
             **_processes(),
+            "scaler": self._scaler is not None,
             "provenance": {
                 "steps": "sampled: 0, N, 2N, ... with N = every; the loss of every step that told it",
                 "cotangents": "of the loss told before its backward: its scale (loss_scale of a step) is divided out; "

@@ -122,8 +122,14 @@ def notes(trace: Trace) -> list[str]:
     if changed := _changed_gradients(trace):
         told.append(changed)
     finite = np.flatnonzero(profile(trace).finite)
-    if finite.size and (sentence := blocks.in_words(trace, int(finite[-1]))):
-        told.append(f"at step {trace.sampled_steps[finite[-1]]}, {sentence}")
+    skipped = trace.steps_table["skipped"].to_pylist()
+    if count := sum(map(bool, skipped)):
+        told.append(f"the gradient scaler skipped {count} of {trace.steps_table.num_rows} steps")
+    for at in dict.fromkeys([*finite[:1], *finite[-1:]]):  # the theory is of the first
+        if sentence := blocks.in_words(trace, int(at)):
+            told.append(f"at step {trace.sampled_steps[at]} {sentence}")
+    if apart := {m.layer for m in trace.missing if m.column == "edge_gain"}:
+        told.append(f"{len(apart)} layers read where others read too, each over a way that could not be told apart")
     return told
 
 
@@ -148,7 +154,9 @@ def _changed_gradients(trace: Trace) -> str:
             if math.isclose(share, 1, rel_tol=1e-6):
                 return ""
             averaged = trace.meta.get("processes", 1) > 1
-            why = "averaging over processes" if averaged else "clipping, or a scaler that watch was not given"
+            scaled = bool(trace.meta.get("scaler"))
+            why = "clipping" if scaled else "clipping, or a scaler that watch was not given"
+            why = "averaging over processes" if averaged else why
             step = trace.sampled_steps[at]
             return f"between backward and step gradients changed, at step {step} to {share:.2g} of their norm ({why})"
     return ""

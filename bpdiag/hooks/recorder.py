@@ -258,6 +258,7 @@ class Recorder:
             tuple(walk.parents),
             order,
             within,
+            walk.given_up,
             tuple(walk.through),
         )
         self._graph.read(walk, call)
