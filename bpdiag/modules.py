@@ -48,7 +48,7 @@ def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
     """In training m and v of the batch, which the running ones follow; in evaluation the running ones, if there are."""
     module._check_input_dim(x)
     mean, var, seen = module.running_mean, module.running_var, module.num_batches_tracked
-    if mean is not None and not module.training:
+    if not module.training:
         return RULES["batch_norm"].apply(x, module.weight, module.bias, mean, var, module.eps)
     y = RULES["batch_norm"].apply(x, module.weight, module.bias, eps=module.eps)
     if module.training and module.track_running_stats and mean is not None:

@@ -95,7 +95,9 @@ def whole(rule: str, argument: str, value: Any, least: int | None = 1, expected:
     """
     if type(value) is not int:
         try:
-            value = operator.index(None if isinstance(value, bool | Tensor) else value)
+            if isinstance(value, bool | Tensor):
+                raise TypeError
+            value = operator.index(value)
         except TypeError:
             raise wrong(rule, argument, told(value), expected, TypeError) from None
     if least is not None and value < least:

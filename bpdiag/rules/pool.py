@@ -168,7 +168,7 @@ class AvgPool(Rule):
             raise wrong(
                 "avg_pool", "kernel_size", kernel_size, f"at most {tuple(x.shape[-3:])}: torch's limit in 3 dimensions"
             )
-        count: tuple[int, ...] = (count_include_pad,)
+        count = (count_include_pad,)
         if divisor_override is not None:
             count += (whole("avg_pool", "divisor_override", divisor_override, None),)
             if divisor_override == 0:
