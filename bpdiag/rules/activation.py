@@ -51,10 +51,16 @@ class Activation(Rule):
     settings: ClassVar[dict[str, Any]] = {}  # the oracle's arguments that make it this function
     node_settings: ClassVar[dict[str, Any]]  # what its node saved of them; the settings unless said
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "forward" in cls.__dict__:
-            cls.apply = staticmethod(_checked(cls.name, cls.apply))
+    @classmethod
+    def guard(cls, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``apply`` for a tensor of real numbers; no shape and no device is wrong for an elementwise rule."""
+        name = cls.name
+
+        def call(z: Tensor, *learned: Any) -> Tensor:
+            floats(name, z=z)
+            return apply(z, *learned)
+
+        return call
 
     @classmethod
     def is_done_by(cls, module: nn.Module) -> bool:
@@ -88,16 +94,6 @@ class Activation(Rule):
             tensor([1.0000, 0.7500])
         """
         return cls.vjp(torch.ones_like(kept), kept, *learned)
-
-
-def _checked(name: str, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``apply`` for a tensor of real numbers; no shape and no device is wrong for an elementwise rule."""
-
-    def call(z: Tensor, *learned: Any, **named: Any) -> Tensor:
-        floats(name, z=z)
-        return apply(z, *learned, **named)
-
-    return call
 
 
 class Identity(Activation):
