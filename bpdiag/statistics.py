@@ -6,12 +6,12 @@ is multiplied by t > 0 (t^degree).  The suite checks the declaration.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -26,6 +26,7 @@ class Statistic:
 
 
 STATISTICS: dict[str, Statistic] = {}
+SATURATED = 0.05  # of the largest slope: an element below it passes almost nothing back
 
 
 def statistic(of: str, degree: int) -> Callable[[F], F]:
@@ -83,11 +84,61 @@ def norm(x: Tensor) -> Tensor:
     """
     x = dense(x)
     if x.dtype == wide(x.device):
-        largest = x.abs().amax() if x.numel() else x.new_zeros(())
-        usable = torch.isfinite(largest) & (largest > 0)
-        scale = torch.where(usable, largest, 1.0)
-        return torch.linalg.vector_norm(x / scale) * scale
+        return lengths(x.reshape(1, -1))[0]
     return torch.linalg.vector_norm(x, dtype=wide(x.device))
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``norm`` of each, in one go where they are plain and narrow.
+
+    Example:
+        >>> [x.item() for x in norms([torch.tensor([3.0, 4.0]), torch.tensor([2.0], dtype=torch.float64)])]
+        [5.0, 2.0]
+    """
+    found: dict[int, Tensor] = {}
+    narrow = [i for i, x in enumerate(tensors) if is_plain(x) and x.dtype != wide(x.device)]
+    if narrow:
+        plain = [tensors[i].detach() for i in narrow]
+        found = dict(zip(narrow, torch._foreach_norm(plain, 2, dtype=wide(plain[0].device)), strict=True))
+    return [found[i] if i in found else norm(x) for i, x in enumerate(tensors)]
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether it is torch's own dense tensor of real numbers, and of elements: what ``torch._foreach_`` is fast for."""
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.is_floating_point() and x.numel() > 0
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """r_i = ‖row i‖ of a matrix, at any size of its elements; their own norm is the norm of the matrix.
+
+    Args:
+        rows: (B, N), real.
+
+    Returns:
+        (B,) float64; a row's value at zero, nan and infinity is that of ``norm``.
+
+    Example:
+        >>> lengths(torch.tensor([[3.0, 4.0], [1e-30, 0.0]])).tolist()[0]
+        5.0
+    """
+    if rows.dtype != wide(rows.device):
+        return torch.linalg.vector_norm(rows, dim=1, dtype=wide(rows.device))
+    if not rows.numel():
+        return rows.new_zeros(len(rows))
+    largest = rows.abs().amax(1, keepdim=True)
+    scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)  # squares must stay in the format
+    return torch.linalg.vector_norm(rows / scale, dim=1) * scale.squeeze(1)
+
+
+def by_sample(x: Tensor) -> Tensor:
+    """(B, N) numbers of any tensor, one row for each sample: its first dimension.
+
+    Example:
+        >>> by_sample(torch.ones(5, 2, 3)).shape, by_sample(torch.ones(5)).shape, by_sample(torch.ones(())).shape
+        (torch.Size([5, 6]), torch.Size([5, 1]), torch.Size([1, 1]))
+    """
+    x = dense(x)
+    return x.reshape(x.shape[0] if x.dim() and x.numel() else 1, -1)
 
 
 @statistic(of="any", degree=1)
@@ -130,25 +181,37 @@ def saturated_fraction(slope: Tensor, largest_slope: float | None = None) -> Ten
         largest = largest_slope
     elif size.numel():
         largest = size.amax()
-    return mean(size < 0.05 * largest)
+    return mean(size < SATURATED * largest)
 
 
-def alive_units(slope: Tensor, unit_dim: int) -> Tensor:
-    """(N,) bool: which units have a slope other than 0 for any sample (and position) of the batch.
+def passing(slope: Tensor, largest_slope: float) -> Tensor:
+    """1 where |slope| is 5 % of the largest or more, or nan, else 0: in the dtype of ``slope``, many times cheaper
+    on a CPU than bools are.
 
-    One batch proves nothing: a unit is called dead when it is alive in none of several.
+    Example:
+        >>> passing(torch.tensor([0.0, -0.05, 0.049, torch.nan]), 1.0)
+        tensor([0., 1., 0., 1.])
+    """
+    limit = SATURATED * largest_slope * (1 - torch.finfo(slope.dtype).eps)  # what is above it passes
+    return torch.ops.aten.threshold_backward(slope.new_ones(()), slope.abs(), limit)
+
+
+def largest_of_units(slope: Tensor, unit_dim: int) -> Tensor:
+    """(N,) max |slope| over the batch, and positions: 0 where a unit passes nothing back for any sample.
+
+    One batch proves nothing: a unit is called dead when that holds for several.
 
     Args:
-        slope: phi'(z), with units along ``unit_dim``.
+        slope: phi'(z), with units along ``unit_dim``, of at least one element.
         unit_dim: 1 for (B, N) and (B, C, H, W), -1 for (B, T, N).
 
     Example:
-        >>> alive_units(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 1)
-        tensor([False,  True])
+        >>> largest_of_units(torch.tensor([[0.0, 1.0], [0.0, -2.0]]), 1)
+        tensor([0., 2.])
     """
-    slope = dense(slope)
-    others = [d for d in range(slope.dim()) if d != unit_dim % slope.dim()]
-    return (slope != 0).any(dim=others) if others else slope != 0
+    size = dense(slope).abs()
+    others = [d for d in range(size.dim()) if d != unit_dim % size.dim()]
+    return size.amax(others) if others else size
 
 
 def histogram(x: Tensor, bins: int = 30) -> Tensor:
@@ -193,16 +256,24 @@ def mean_cosine(z: Tensor) -> Tensor:
         >>> round(mean_cosine(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).item(), 4)
         0.7071
     """
-    z = dense(z)
-    samples = z.shape[0] if z.dim() else 0
+    rows = by_sample(z)
+    samples = len(rows)
     if samples < 2:
         return torch.full((), float("nan"), dtype=wide(z.device), device=z.device)
-    rows = z.reshape(samples, -1)
-    rows = rows.float() if rows.element_size() < 4 else rows
-    rows = rows / rows.abs().amax(1, keepdim=True)  # else the squares of 1e30 or 1e-30 leave the number format
-    units = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    total = torch.linalg.vector_norm(units.sum(0), dtype=wide(z.device))
+    total = norm(sum_of_units(rows, lengths(rows)))
     return (total * total - samples) / (samples * (samples - 1))
+
+
+def sum_of_units(rows: Tensor, lengths: Tensor) -> Tensor:
+    """sum of row_i / r_i: (N,) for rows (B, N) and their lengths r (B,); in float32 at least.
+
+    Example:
+        >>> sum_of_units(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([3.0, 2.0]))
+        tensor([1., 1.])
+    """
+    rows = rows.float() if rows.element_size() < 4 else rows
+    # not a matrix product: autocast would round it
+    return (rows * lengths.reciprocal().to(rows.dtype).unsqueeze(1)).sum(0)
 
 
 @statistic(of="update", degree=1)

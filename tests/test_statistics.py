@@ -10,9 +10,9 @@ import torch
 from bpdiag.statistics import (
     STATISTICS,
     Statistic,
-    alive_units,
     dense,
     histogram,
+    largest_of_units,
     mean_cosine,
     norm,
     rms,
@@ -238,14 +238,14 @@ def test_nan_slopes_are_not_saturated():
     ("shape", "unit_dim", "units"),
     [((5, 3), 1, 3), ((5, 3, 4, 4), 1, 3), ((5, 7, 3), -1, 3), ((5, 7, 3), 2, 3), ((3,), 0, 3), ((3,), -1, 3)],
 )
-def test_alive_units(shape, unit_dim, units):
+def test_largest_slope_of_units(shape, unit_dim, units):
     slope = torch.zeros(shape)
-    assert alive_units(slope, unit_dim).tolist() == [False] * units
+    assert largest_of_units(slope, unit_dim).tolist() == [0] * units
     unit = slope.select(unit_dim, 1)
     unit[(-1,) * unit.dim()] = -1e-30  # one sample, one position
-    alive = alive_units(slope.requires_grad_(), unit_dim)
-    assert alive.tolist() == [False, True, False]
-    assert alive.dtype == torch.bool
+    largest = largest_of_units(slope.requires_grad_(), unit_dim)
+    assert largest.tolist() == torch.tensor([0, 1e-30, 0]).tolist()
+    assert not largest.requires_grad
 
 
 # ---- cosine ------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Call:
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
+    samples: int = 0  # whose pairs the mean cosine is of
     events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
     # what this call sends to one that others read too; None: several backwards, or none, went that way
     edges: dict[Call, Tensor | float | None] = dataclasses.field(default_factory=dict)
@@ -100,7 +101,12 @@ def leaves(tree: Any) -> Iterator[Tensor]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether it computes something itself: it has no children, or parameters of its own."""
-    return not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+    return is_childless(module) or any(p is not None for p in module._parameters.values())
+
+
+def is_childless(module: nn.Module) -> bool:
+    """Whether no module stands in it."""
+    return all(child is None for child in module._modules.values())
 
 
 def rule_of(module: nn.Module) -> type[Activation] | None:

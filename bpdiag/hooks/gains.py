@@ -60,6 +60,9 @@ def _finish_norms(call: Call, gaps: list[Gap]) -> None:
     for tensor, size in call.sizes.items():
         if f"{tensor}_norm" in call.values:
             call.values[f"{tensor}_rms"] = ratio(call.values[f"{tensor}_norm"], math.sqrt(size))
+    if call.fan_in is not None and call.tensor == "z":
+        n, total = call.samples, call.values.get("_units_norm", math.nan)
+        call.values["z_cosine"] = (total * total - n) / (n * (n - 1)) if n > 1 else math.nan
     if "dW_rms" in call.values:
         call.values["update_ratio"] = ratio(call.values["dW_rms"], call.values["W_rms"])
 

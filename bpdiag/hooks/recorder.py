@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from bpdiag import statistics
 from bpdiag.config import UsageError
-from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
+from bpdiag.hooks.call import Call, is_childless, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
+from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
+from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
 from bpdiag.hooks.unseen import named_modules, refuse, unseen
-from bpdiag.rules import Activation
+from bpdiag.hooks.weights import Weights
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
-DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
 MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
 
 
@@ -69,14 +70,13 @@ class Recorder:
         self._always: list[Any] = []  # hooks on optimizers
         self._eager: Any = None  # torch.compile held off, while armed
         self._handles: list[Any] = []  # hooks on modules, while armed
-        self._silence: dict[tuple[str, int], deque[Tensor]] = {}
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
+        self._slopes, self._weights = Slopes(), Weights(self._clock)
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
         self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
-        self._touched = False  # whether gradients were seen to change between backward and step
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -106,10 +106,10 @@ class Recorder:
         if self._clock:
             self._clock.stop()
         if any(call.events for call in self._calls):
-            self._weights_before(self._weights())
+            self._copy(self._watched_weights())
             self._finish("the watching ended before the update")
         elif self._losses or self._skipped:
-            self._send(Sample(self.step, self.layers, [], self._read([]), skipped=self._skipped))
+            self._send(Sample(self.step, self.layers, [], self._read(Reading(), []), skipped=self._skipped))
         self._forget()
 
     def unseen(self) -> list[dict[str, str]]:
@@ -128,7 +128,7 @@ class Recorder:
         """The scaler ends a step; where no optimizer stepped, it skipped it."""
         if not self._stepped:
             self._skipped.append(self.step)
-            self._weights_before(self._weights() if self._calls else ())
+            self._copy(self._watched_weights() if self._calls else ())
         self.end_step("" if self._stepped else "the gradient scaler skipped this step")
         self._stepped = False
 
@@ -156,11 +156,12 @@ class Recorder:
             if rule and rule.saves == "input" and getattr(module, "inplace", False):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
-        for weight in self._weights():
+        for weight in self._watched_weights():
             if weight.requires_grad:
-                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(self._left_by_backward)))
+                hook = _Hook(self._weights.left_by_backward)
+                self._handles.append(weight.register_post_accumulate_grad_hook(hook))
         if not self.optimizers:
-            self._weights_before(self._weights())
+            self._copy(self._watched_weights())
 
     def _disarm(self) -> None:
         for handle in self._handles:
@@ -182,10 +183,8 @@ class Recorder:
         self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
         self._thread: int | None = None  # the one whose calls are this step's
         self._scales = Scales()
-        self._copies: dict[nn.Parameter, Tensor] = {}
-        self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
-        self._raw: dict[nn.Parameter, Tensor] = {}
+        self._slopes.forget()
+        self._weights.forget()
 
     # ---- forward -------------------------------------------------------------------------------------
 
@@ -249,12 +248,11 @@ class Recorder:
         self._measure(call, call.tensor, out)
         x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
         if call.rule:
-            kept = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
-            if kept is not None:
-                self._measure_slope(call, call.rule, kept, *(getattr(module, name) for name in call.rule.learnable))
-        if call.fan_in is not None:
-            call.values["z_cosine"] = statistics.mean_cosine(out)
-        if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
+            saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
+            if saved is not None:
+                learned = [getattr(module, name) for name in call.rule.learnable]
+                self._slopes.measure(call, call.rule, saved, *learned)
+        if x is not None and x is not out and is_childless(module):  # in place x is gone
             self._measure_input(call, x)
         for i, t in enumerate(outs):
             if t.requires_grad:
@@ -290,7 +288,7 @@ class Recorder:
 
         def arrived(g: Tensor) -> None:
             call.events[i] = call.events.get(i, 0) + 1
-            call.values[f"_g_{call.tensor}_{i}"] = statistics.norm(g)
+            call.values[f"_g_{call.tensor}_{i}"] = norm_by_sample(g)
             call.sizes[f"g_{call.tensor}"] = call.sizes.get(f"g_{call.tensor}", 0) + g.numel()
             if i == 0:
                 self._draw(call, f"g_{call.tensor}", g)
@@ -302,8 +300,12 @@ class Recorder:
             self._handles.append(handle)
 
     def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
-        call.values[f"{tensor}_norm"] = statistics.norm(x)
-        call.sizes[tensor] = x.numel()
+        rows = statistics.by_sample(x)
+        lengths = statistics.lengths(rows)
+        call.values[f"{tensor}_norm"], call.sizes[tensor] = kept(lengths), x.numel()
+        if tensor == "z" and call.fan_in is not None and len(rows) > 1:
+            call.values["_units_norm"] = kept(statistics.sum_of_units(rows, lengths))
+            call.samples = len(rows)
         self._draw(call, tensor, x)
 
     def _draw(self, call: Call, tensor: str, x: Tensor) -> None:
@@ -329,38 +331,25 @@ class Recorder:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
             self._measure(below, "a", x)
-            kept = kept_by(x, rule)
-            if kept is not None:
-                self._measure_slope(below, rule, *kept)
+            saved = kept_by(x, rule)
+            if saved is not None:
+                self._slopes.measure(below, rule, *saved)
         if owner is None:
             if call.fan_in is None:
                 return
             self._measure(call, "x", x)
 
         def arrived(g: Tensor) -> None:
-            call.values["_entering_norm"] = statistics.norm(g)
+            call.values["_entering_norm"] = norm_by_sample(g)
             if owner is not None:
                 self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
 
         x.register_hook(arrived)
 
-    def _measure_slope(self, call: Call, rule: type[Activation], *kept: Tensor) -> None:
-        slope = rule.slope(*(t.detach() for t in kept))
-        call.values["slope_rms"] = statistics.rms(slope)
-        call.values["a_saturated_fraction"] = statistics.saturated_fraction(slope, rule.largest_slope)
-        if call.backward == 0 and slope.dim() >= -call.axis:
-            alive = statistics.alive_units(slope, call.axis)
-            window = self._silence.setdefault(call.key, deque(maxlen=DEAD_WINDOW))
-            if window and (window[-1].shape != alive.shape or window[-1].device != alive.device):
-                window.clear()
-            window.append(alive)
-            if len(window) > 1:
-                call.values["a_dead_fraction"] = statistics.mean(~torch.stack(tuple(window)).any(0))
-
     # ---- update --------------------------------------------------------------------------------------
 
-    def _weights(self) -> list[nn.Parameter]:
+    def _watched_weights(self) -> list[nn.Parameter]:
         """The weights of the calls of this step; before any call those of all modules."""
         called = {call.weight: None for call in self._calls if call.weight is not None}
         every = (weight_of(module) for module in self._names)
@@ -371,85 +360,29 @@ class Recorder:
         self._stepped = True
         if self._handles:
             default = self.optimizers[-1]
-            self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
+            self._copy([p for p in self._watched_weights() if self._owners.get(p, default) is optimizer])
 
-    def _left_by_backward(self, p: nn.Parameter) -> None:
-        """A backward has added to a weight's gradient; its norm is taken where such have been changed afterwards."""
-        if p.grad is not None:
-            self._left[p] = p.grad, p.grad._version
-            if self._touched:
-                self._raw[p] = statistics.norm(p.grad)
-
-    def _weights_before(self, weights: Sequence[nn.Parameter]) -> None:
-        for p in weights:
-            if p not in self._copies:
-                self._copies[p] = p.detach().clone()
-                if self._calls:  # before any call, as for a closure, it is not this step's
-                    self._take_gradient(p)
-
-    def _take_gradient(self, p: nn.Parameter) -> None:
-        """Its norm as the optimizer meets it, and as the backward left it."""
-        if p.grad is None:
-            return
-        self._gradients[p] = statistics.norm(p.grad)
-        left, version = self._left.get(p, (None, 0))
-        if left is p.grad and version == p.grad._version:
-            self._raw[p] = self._gradients[p]
-            return
-        self._touched = True
-        scale = self._clock.scale() if self._clock else None
-        if scale is not None and p in self._raw:
-            self._raw[p] = self._raw[p] / scale
-
-    def _reduce_weights(self, no_update: str) -> list[Gap]:
-        """Norms of weights, gradients and updates into the values of their calls; what is missing, and why."""
-        gaps: list[Gap] = []
-        told: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for p in self._weights():
-            told[p] = numbers = {}
-            before = self._copies.get(p)
-            if before is not None and before.numel():
-                numbers["W_rms"] = statistics.rms(before)
-                if not no_update:
-                    numbers["dW_rms"] = statistics.rms(p.detach() - before)
-            if p not in self._gradients:  # a closure's, or a loop's without an optimizer
-                self._take_gradient(p)
-            if p in self._gradients:
-                numbers["g_W_norm"] = self._gradients[p]
-            if p in self._raw:
-                numbers["g_W_raw_norm"] = self._raw[p]
-        for call in self._calls:
-            if call.weight is not None:
-                before, g_W = self._copies.get(call.weight), call.weight.grad
-                for tensor, x in (("W", before), ("g_W", g_W if call.weight in self._gradients else None)):
-                    if x is not None:
-                        self._draw(call, tensor, x)
-            if call.weight is None:
-                if call.fan_in is not None:
-                    gaps += [
-                        (call, c, "its weight is computed from others") for c in ("W_rms", "g_W_norm", "update_ratio")
-                    ]
-                continue
-            call.values.update(told[call.weight])
-            if no_update:
-                gaps += [(call, "dW_rms", no_update), (call, "update_ratio", no_update)]
-            if "g_W_norm" not in call.values:
-                frozen = not call.weight.requires_grad
-                gaps.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
-            elif "g_W_raw_norm" not in call.values:
-                gaps.append((call, "g_W_raw_norm", "changed between backward and step: told from the next sample on"))
-        return gaps
+    def _copy(self, weights: Sequence[nn.Parameter]) -> None:
+        # before any call, as for a closure, a gradient is not this step's
+        self._weights.copy(weights, with_gradients=bool(self._calls))
 
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
         self._calls.sort(key=lambda call: (call.backward, call.order))
         self._keep_trained_passes()
-        gaps = self._reduce_weights(no_update)
+        if self.histograms:
+            for call in self._calls:
+                for tensor, x in self._weights.drawn(call):
+                    self._draw(call, tensor, x)
+        reading = Reading()
+        gaps = self._weights.finish(self._calls, no_update)
+        self._slopes.finish(self._calls, reading)
         group = self.optimizers[0].param_groups[0] if self.optimizers else {}
         rate = {"lr": group["lr"]} if "lr" in group else {}
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         tables = [table for call in self._calls for table in (call.values, call.edges)]
-        losses = self._read([*tables, *self._scales.told.values(), rate])
+        losses = self._read(reading, [*tables, *self._scales.told.values(), rate])
+        self._slopes.enter(self._calls)
         self._divide_scales_out()
         self._join_checkpoints()
         ways, more = derive(self._calls, self._given)
@@ -504,23 +437,12 @@ class Recorder:
         for sink in self.sinks:
             sink.write(sample)
 
-    def _read(self, tables: list[dict[Any, Any]]) -> list[tuple[int, float]]:
+    def _read(self, reading: Reading, tables: Sequence[dict[Any, Any]]) -> list[tuple[int, float]]:
         """Replace every tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
         told: dict[int, Any] = {
             i: statistics.mean(x) if isinstance(x, Tensor) else x for i, (_, x) in enumerate(self._losses)
         }
-        whole: list[dict[Any, Any]] = [*tables, told]
-        places = [(table, key) for table in whole for key, value in table.items() if isinstance(value, Tensor)]
-        for table, key in places:
-            if hasattr(table[key], "full_tensor"):  # of a sharded tensor: the norm of the whole, on every process
-                table[key] = table[key].full_tensor()
-        by_device: dict[torch.device, list[tuple[Any, Any]]] = {}
-        for table, key in places:
-            by_device.setdefault(table[key].device, []).append((table, key))
-        for group in by_device.values():
-            numbers = torch.stack([table[key] for table, key in group]).tolist()
-            for (table, key), number in zip(group, numbers, strict=True):
-                table[key] = number
+        reading.read([*tables, told])
         of_step: dict[int, list[float]] = {}
         for (step, _), loss in zip(self._losses, told.values(), strict=True):
             of_step.setdefault(step, []).append(loss)

@@ -1,0 +1,83 @@
+"""The slopes of activations: how large, how many elements pass almost nothing, which units no batch woke lately."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bpdiag import statistics
+from bpdiag.hooks.call import Call
+from bpdiag.hooks.reading import Reading, norm_by_sample
+from bpdiag.rules import Activation
+
+DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
+
+
+class Slopes:
+    """Reduced to a few numbers for each unit at the call, to one for each call when the step ends, of all at once."""
+
+    def __init__(self) -> None:
+        self._silence: dict[tuple[str, int], Tensor] = {}  # (N,) sampled batches that a unit has been silent for
+        self.forget()
+
+    def forget(self) -> None:
+        """What this step measured; how long each unit has been silent is kept."""
+        self._passing: dict[Call, Tensor] = {}  # (N,) elements of a unit with a slope that is not small
+        self._largest: dict[Call, Tensor] = {}  # (N,) largest |slope| of a unit
+        self._elements: dict[Call, int] = {}
+
+    def measure(self, call: Call, rule: type[Activation], kept: Tensor, *learned: Tensor) -> None:
+        """Of one call, from what its slope is computed from."""
+        slope = statistics.dense(rule.slope(kept.detach(), *[p.detach() for p in learned]))
+        unit = slope.dim() + call.axis
+        others = [d for d in range(slope.dim()) if d != unit]
+        passing = slope
+        if not rule.is_switch:
+            call.values["_slope_norm"] = norm_by_sample(slope)
+            passing = statistics.passing(slope, rule.largest_slope)
+        counts = passing.sum(others, dtype=torch.promote_types(passing.dtype, torch.float32)) if others else passing
+        self._passing[call], self._elements[call] = counts.reshape(-1), slope.numel()
+        if unit >= 0 and slope.numel():
+            self._largest[call] = self._passing[call] if rule.is_switch else statistics.largest_of_units(slope, unit)
+
+    def finish(self, calls: Sequence[Call], reading: Reading) -> None:
+        """Have the host told of these calls; of the first forward pass, also how many units sleep."""
+        for alike, passing in _stacks(self._passing, calls):
+            numbers = passing.sum(1, dtype=statistics.wide(passing.device))
+            reading.tell(numbers, [(call.values, "_passing") for call in alike])
+        for alike, largest in _stacks(self._largest, [call for call in calls if call.backward == 0]):
+            known, before = zip(*[self._before(call, x) for call, x in zip(alike, largest, strict=True)], strict=True)
+            silence = (torch.stack(before) + 1) * (largest == 0)
+            self._silence.update(zip([call.key for call in alike], silence, strict=True))
+            dead = (silence >= DEAD_WINDOW).to(statistics.wide(silence.device)).mean(1)
+            columns = ["a_dead_fraction" if again else "_first" for again in known]
+            reading.tell(dead, [(call.values, column) for call, column in zip(alike, columns, strict=True)])
+
+    def _before(self, call: Call, largest: Tensor) -> tuple[bool, Tensor]:
+        """Whether these units have been met, and their silence; strangers are silent for as long as it takes."""
+        silence = self._silence.get(call.key)
+        if silence is not None and (silence.shape, silence.device) == (largest.shape, largest.device):
+            return True, silence
+        return False, torch.full_like(largest, DEAD_WINDOW)
+
+    def enter(self, calls: Sequence[Call]) -> None:
+        """What the host has read, as columns."""
+        for call in calls:
+            if call in self._elements:
+                elements, passing = self._elements[call], call.values.pop("_passing")
+                norm = call.values.pop("_slope_norm", math.sqrt(passing))
+                call.values["slope_rms"] = norm / math.sqrt(elements) if elements else math.nan
+                call.values["a_saturated_fraction"] = (elements - passing) / elements if elements else math.nan
+
+
+def _stacks(vectors: dict[Call, Tensor], calls: Iterable[Call]) -> Iterable[tuple[list[Call], Tensor]]:
+    """Calls whose vectors are of the same kind, and these as one matrix."""
+    alike: dict[tuple[torch.Size, torch.device, torch.dtype], list[Call]] = {}
+    for call in calls:
+        if call in vectors:
+            x = vectors[call]
+            alike.setdefault((x.shape, x.device, x.dtype), []).append(call)
+    return [(group, torch.stack([vectors[call] for call in group])) for group in alike.values()]
