@@ -26,6 +26,8 @@ class Statistic:
 
 
 STATISTICS: dict[str, Statistic] = {}
+_WIDEST = {"mps": torch.float32}
+_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SATURATED = 0.05  # of the largest slope: an element below it passes almost nothing back
 
 
@@ -42,6 +44,8 @@ def statistic(of: str, degree: int) -> Callable[[F], F]:
 def dense(x: Tensor) -> Tensor:
     """The numbers of any tensor: a sparse one's values, duplicates added; a complex one's moduli; floating point."""
     x = x.detach()
+    if x.dtype in _AS_THEY_ARE and x.layout is torch.strided:
+        return x
     if x.layout != torch.strided:
         x = x.coalesce().values() if x.layout == torch.sparse_coo else x.values()
     if x.is_complex():
@@ -51,7 +55,7 @@ def dense(x: Tensor) -> Tensor:
 
 def wide(device: torch.device) -> torch.dtype:
     """The widest dtype a device can reduce in: float64 but where there is none (Apple's)."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return _WIDEST.get(device.type, torch.float64)
 
 
 def mean(x: Tensor) -> Tensor:
@@ -121,8 +125,9 @@ def lengths(rows: Tensor) -> Tensor:
         >>> lengths(torch.tensor([[3.0, 4.0], [1e-30, 0.0]])).tolist()[0]
         5.0
     """
-    if rows.dtype != wide(rows.device):
-        return torch.linalg.vector_norm(rows, dim=1, dtype=wide(rows.device))
+    widest = wide(rows.device)
+    if rows.dtype != widest:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=widest)
     if not rows.numel():
         return rows.new_zeros(len(rows))
     largest = rows.abs().amax(1, keepdim=True)
@@ -138,6 +143,8 @@ def by_sample(x: Tensor) -> Tensor:
         (torch.Size([5, 6]), torch.Size([5, 1]), torch.Size([1, 1]))
     """
     x = dense(x)
+    if x.dim() == 2:
+        return x
     return x.reshape(x.shape[0] if x.dim() and x.numel() else 1, -1)
 
 
@@ -273,7 +280,7 @@ def sum_of_units(rows: Tensor, lengths: Tensor) -> Tensor:
     """
     rows = rows.float() if rows.element_size() < 4 else rows
     # not a matrix product: autocast would round it
-    return (rows * lengths.reciprocal().to(rows.dtype).unsqueeze(1)).sum(0)
+    return (rows / lengths.to(rows.dtype).unsqueeze(1)).sum(0)
 
 
 @statistic(of="update", degree=1)

@@ -24,7 +24,7 @@ def norm_by_sample(x: Tensor) -> Tensor:
 
 def kept(parts: Tensor) -> Tensor:
     """The parts of a norm as they are kept until the step ends: all of them, or where they are too many the norm."""
-    return parts if len(parts) <= MOST_PARTS else statistics.norm(parts)
+    return parts if parts.shape[0] <= MOST_PARTS else statistics.norm(parts)
 
 
 class Reading:
@@ -48,10 +48,12 @@ class Reading:
         for table in tables:
             for key, x in table.items():
                 if isinstance(x, Tensor):
-                    if hasattr(x, "full_tensor"):  # of a sharded tensor: the norm of the whole, on every process
+                    if type(x) is not Tensor and hasattr(
+                        x, "full_tensor"
+                    ):  # of a sharded tensor: the norm of the whole, on every process
                         x = x.full_tensor()
                     if x.dim():
-                        vectors.setdefault((x.device, len(x)), []).append((x, (table, key)))
+                        vectors.setdefault((x.device, x.shape[0]), []).append((x, (table, key)))
                     else:
                         singles.setdefault(x.device, []).append((x, (table, key)))
         for alike in vectors.values():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bpdiag import statistics
 from bpdiag.config import UsageError
-from bpdiag.hooks.call import Call, is_childless, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
+from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
@@ -67,6 +67,7 @@ class Recorder:
         self.layers: list[Layer] = []
         self._index: dict[tuple[str, int], int] = {}
         self._names: dict[nn.Module, str] = {}
+        self._facts: dict[nn.Module, Facts] = {}
         self._always: list[Any] = []  # hooks on optimizers
         self._eager: Any = None  # torch.compile held off, while armed
         self._handles: list[Any] = []  # hooks on modules, while armed
@@ -223,7 +224,8 @@ class Recorder:
         place = self._place(module)
         if place is None or place[0] >= MOST_PASSES:
             return
-        outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
+        every = (output,) if isinstance(output, Tensor) else leaves(output)
+        outs = [t for t in every if t.is_floating_point() or t.is_complex()]
         outs = [t for t in outs if t.requires_grad] or outs[:1]
         if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
             why = "called under torch.func, whose tensors take no hooks" if outs else "its output holds no tensor"
@@ -231,9 +233,9 @@ class Recorder:
             return
         within = torch._C._current_autograd_node() if _recomputing() else None
         out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
+        facts = self._facts_of(module)
         call = Call(
-            module,
-            self._names[module],
+            facts,
             number,
             number_of_pass,
             tuple(out.shape),
@@ -246,17 +248,23 @@ class Recorder:
         self._graph.read(walk, call)
         self._calls.append(call)
         self._measure(call, call.tensor, out)
-        x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
+        x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
         if call.rule:
             saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
             if saved is not None:
                 learned = [getattr(module, name) for name in call.rule.learnable]
                 self._slopes.measure(call, call.rule, saved, *learned)
-        if x is not None and x is not out and is_childless(module):  # in place x is gone
+        if x is not None and x is not out and facts.childless:  # in place x is gone
             self._measure_input(call, x)
         for i, t in enumerate(outs):
             if t.requires_grad:
                 self._await(call, i, t)
+
+    def _facts_of(self, module: nn.Module) -> Facts:
+        facts = self._facts.get(module)
+        if facts is None or not facts.hold():
+            facts = self._facts[module] = Facts(module, self._names[module])
+        return facts
 
     def _place(self, module: nn.Module) -> tuple[int, int, int] | None:
         """(pass, place in the order of execution, which call of this module) of a call to be recorded; else None.
@@ -288,10 +296,10 @@ class Recorder:
 
         def arrived(g: Tensor) -> None:
             call.events[i] = call.events.get(i, 0) + 1
-            call.values[f"_g_{call.tensor}_{i}"] = norm_by_sample(g)
-            call.sizes[f"g_{call.tensor}"] = call.sizes.get(f"g_{call.tensor}", 0) + g.numel()
+            call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
+            call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
             if i == 0:
-                self._draw(call, f"g_{call.tensor}", g)
+                self._draw(call, call.g, g)
 
         handle = out.register_hook(arrived)
         if out.grad_fn is not None:
@@ -396,7 +404,7 @@ class Recorder:
         gaps += self._changed_ways(ways)
         rows = []
         for call in self._calls:
-            told: dict[str, Any] = {name: float(value) for name, value in call.values.items() if name in COLUMNS}
+            told: dict[str, Any] = {name: value for name, value in call.values.items() if name in COLUMNS}
             if call.edge_gains:
                 by_parent = {self._index[parent.key]: gain for parent, gain in call.edge_gains.items()}
                 told["edge_gain"] = [by_parent.get(i) for i in self.layers[self._index[call.key]].parents]

@@ -38,8 +38,10 @@ class Slopes:
         if not rule.is_switch:
             call.values["_slope_norm"] = norm_by_sample(slope)
             passing = statistics.passing(slope, rule.largest_slope)
-        counts = passing.sum(others, dtype=torch.promote_types(passing.dtype, torch.float32)) if others else passing
-        self._passing[call], self._elements[call] = counts.reshape(-1), slope.numel()
+        if passing.element_size() < 4:
+            passing = passing.float()
+        self._passing[call] = (passing.sum(others) if others else passing).reshape(-1)
+        self._elements[call] = slope.numel()
         if unit >= 0 and slope.numel():
             self._largest[call] = self._passing[call] if rule.is_switch else statistics.largest_of_units(slope, unit)
 
