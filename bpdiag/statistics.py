@@ -6,12 +6,12 @@ is multiplied by t > 0 (t^degree).  The suite checks the declaration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -92,26 +92,6 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=wide(x.device))
 
 
-def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``norm`` of each, in one go where they are plain and narrow.
-
-    Example:
-        >>> [x.item() for x in norms([torch.tensor([3.0, 4.0]), torch.tensor([2.0], dtype=torch.float64)])]
-        [5.0, 2.0]
-    """
-    found: dict[int, Tensor] = {}
-    narrow = [i for i, x in enumerate(tensors) if is_plain(x) and x.dtype != wide(x.device)]
-    if narrow:
-        plain = [tensors[i].detach() for i in narrow]
-        found = dict(zip(narrow, torch._foreach_norm(plain, 2, dtype=wide(plain[0].device)), strict=True))
-    return [found[i] if i in found else norm(x) for i, x in enumerate(tensors)]
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether it is torch's own dense tensor of real numbers, and of elements: what ``torch._foreach_`` is fast for."""
-    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.is_floating_point() and x.numel() > 0
-
-
 def lengths(rows: Tensor) -> Tensor:
     """r_i = ‖row i‖ of a matrix, at any size of its elements; their own norm is the norm of the matrix.
 
@@ -130,8 +110,8 @@ def lengths(rows: Tensor) -> Tensor:
         return torch.linalg.vector_norm(rows, dim=1, dtype=widest)
     if not rows.numel():
         return rows.new_zeros(len(rows))
-    largest = rows.abs().amax(1, keepdim=True)
-    scale = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)  # squares must stay in the format
+    limits = torch.finfo(rows.dtype)
+    scale = rows.abs().amax(1, keepdim=True).clamp(limits.tiny, limits.max)  # squares must stay in the format
     return torch.linalg.vector_norm(rows / scale, dim=1) * scale.squeeze(1)
 
 

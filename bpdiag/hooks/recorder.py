@@ -70,7 +70,9 @@ class Recorder:
         self._facts: dict[nn.Module, Facts] = {}
         self._always: list[Any] = []  # hooks on optimizers
         self._eager: Any = None  # torch.compile held off, while armed
-        self._handles: list[Any] = []  # hooks on modules, while armed
+        self._handles: list[Any] = []  # hooks on modules and weights, while armed
+        self._standing: list[Any] = []  # what they were put on
+        self._step_handles: list[Any] = []  # on tensors that outlive the step
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
@@ -138,16 +140,27 @@ class Recorder:
         if self._handles:
             if self._calls:
                 self._finish(no_update)
-            self._disarm()
+            self._release()
             self._forget()
         self.step += 1
         self._arm_if_due()
 
     def _arm_if_due(self) -> None:
         if self.step % self.every:
+            self._disarm()
             return
-        if "torch._dynamo" in sys.modules:  # what is compiled runs as it is written in this step: hooks fire there
-            self._eager = torch.compiler.set_stance("force_eager")
+        if self._eager is None and "torch._dynamo" in sys.modules:
+            self._eager = torch.compiler.set_stance("force_eager")  # what is compiled runs as written: hooks fire there
+        standing = [(m, m._parameters.get("weight"), m.__dict__.get("inplace")) for m in self.model.modules()]
+        # hooks stand as long as every step is sampled and the model is made of the same modules and weights
+        if not self._handles or not _same(standing, self._standing):
+            self._take_down()
+            self._put_up()
+            self._standing = standing
+        if not self.optimizers:
+            self._copy(self._watched_weights())
+
+    def _put_up(self) -> None:
         self._names = {module: name for name, module in named_modules(self.model)}
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
         for module in self._names:
@@ -161,13 +174,21 @@ class Recorder:
             if weight.requires_grad:
                 hook = _Hook(self._weights.left_by_backward)
                 self._handles.append(weight.register_post_accumulate_grad_hook(hook))
-        if not self.optimizers:
-            self._copy(self._watched_weights())
 
-    def _disarm(self) -> None:
+    def _take_down(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _release(self) -> None:
+        """What outlives a graph goes when its step ends."""
+        for handle in self._step_handles:
+            handle.remove()
+        self._step_handles.clear()
+
+    def _disarm(self) -> None:
+        self._release()
+        self._take_down()
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
             self._eager = None
@@ -248,7 +269,9 @@ class Recorder:
         self._graph.read(walk, call)
         self._calls.append(call)
         self._measure(call, call.tensor, out)
-        x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
         if call.rule:
             saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
             if saved is not None:
@@ -305,7 +328,7 @@ class Recorder:
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
-            self._handles.append(handle)
+            self._step_handles.append(handle)
 
     def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
         rows = statistics.by_sample(x)
@@ -520,3 +543,10 @@ def kind_of_loss(loss: Tensor) -> str:
 def _recomputing() -> bool:
     """Whether a backward is under way: a forward inside it is a checkpoint's recomputation, not a new call."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _same(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(one) == len(other) and all(
+        a is b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
+    )

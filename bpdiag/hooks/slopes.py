@@ -51,19 +51,16 @@ class Slopes:
             numbers = passing.sum(1, dtype=statistics.wide(passing.device))
             reading.tell(numbers, [(call.values, "_passing") for call in alike])
         for alike, largest in _stacks(self._largest, [call for call in calls if call.backward == 0]):
-            known, before = zip(*[self._before(call, x) for call, x in zip(alike, largest, strict=True)], strict=True)
+            kind = largest.shape[1:], largest.device
+            known = [(x := self._silence.get(c.key)) is not None and (x.shape, x.device) == kind for c in alike]
+            # strangers are taken for silent as long as it takes
+            strange = largest.new_full(kind[0], DEAD_WINDOW)
+            before = [self._silence[c.key] if met else strange for c, met in zip(alike, known, strict=True)]
             silence = (torch.stack(before) + 1) * (largest == 0)
-            self._silence.update(zip([call.key for call in alike], silence, strict=True))
-            dead = (silence >= DEAD_WINDOW).to(statistics.wide(silence.device)).mean(1)
-            columns = ["a_dead_fraction" if again else "_first" for again in known]
-            reading.tell(dead, [(call.values, column) for call, column in zip(alike, columns, strict=True)])
-
-    def _before(self, call: Call, largest: Tensor) -> tuple[bool, Tensor]:
-        """Whether these units have been met, and their silence; strangers are silent for as long as it takes."""
-        silence = self._silence.get(call.key)
-        if silence is not None and (silence.shape, silence.device) == (largest.shape, largest.device):
-            return True, silence
-        return False, torch.full_like(largest, DEAD_WINDOW)
+            self._silence.update(zip([c.key for c in alike], silence.unbind(), strict=True))
+            asleep = (silence >= DEAD_WINDOW).sum(1, dtype=statistics.wide(silence.device))
+            columns = ["_asleep" if met else "_first" for met in known]
+            reading.tell(asleep, [(c.values, column) for c, column in zip(alike, columns, strict=True)])
 
     def enter(self, calls: Sequence[Call]) -> None:
         """What the host has read, as columns."""
@@ -73,6 +70,8 @@ class Slopes:
                 norm = call.values.pop("_slope_norm", math.sqrt(passing))
                 call.values["slope_rms"] = norm / math.sqrt(elements) if elements else math.nan
                 call.values["a_saturated_fraction"] = (elements - passing) / elements if elements else math.nan
+            if "_asleep" in call.values:
+                call.values["a_dead_fraction"] = call.values.pop("_asleep") / call.shape[call.axis]
 
 
 def _stacks(vectors: dict[Call, Tensor], calls: Iterable[Call]) -> Iterable[tuple[list[Call], Tensor]]:
