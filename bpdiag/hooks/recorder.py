@@ -18,6 +18,7 @@ from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
+from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
 from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
@@ -46,7 +47,7 @@ class _Hook:
 
 
 class Recorder:
-    """Measures ``model`` on steps 0, N, 2N, ... and gives each ``Sample`` to the sinks.
+    """Measures ``model`` on the steps that ``pace`` picks and gives each ``Sample`` to the sinks.
 
     A step ends when the last of ``optimizers`` has stepped, with a ``scaler`` at its update, or at ``end_step()``.
     """
@@ -56,11 +57,11 @@ class Recorder:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         sinks: Sequence[Sink],
-        every: int = 1,
+        pace: Pace | None = None,
         histograms: bool = False,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.model, self.optimizers, self.sinks, self.every = model, list(optimizers), list(sinks), every
+        self.model, self.optimizers, self.sinks, self.pace = model, list(optimizers), list(sinks), pace or Pace()
         self.histograms = histograms
         self.step = 0
         self.last_loss = math.nan
@@ -143,10 +144,11 @@ class Recorder:
             self._release()
             self._forget()
         self.step += 1
+        self.pace.ended()
         self._arm_if_due()
 
     def _arm_if_due(self) -> None:
-        if self.step % self.every:
+        if not self.pace.begins(self.step):
             self._disarm()
             return
         if self._eager is None and "torch._dynamo" in sys.modules:
@@ -413,6 +415,7 @@ class Recorder:
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         tables = [table for call in self._calls for table in (call.values, call.edges)]
         losses = self._read(reading, [*tables, *self._scales.told.values(), rate])
+        self._name_bad_samples(reading)
         self._slopes.enter(self._calls)
         self._divide_scales_out()
         self._join_checkpoints()
@@ -437,6 +440,15 @@ class Recorder:
         sample = Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
         self._send(dataclasses.replace(sample, loss_scale=self._scales.of(0), skipped=self._skipped))
         self._skipped = []
+
+    def _name_bad_samples(self, reading: Reading) -> None:
+        """Which sample of the batch a call's numbers are not finite of, where it is one alone."""
+        alone = reading.samples()
+        for call in self._calls if alone else ():
+            own = f"{call.tensor}_norm", f"_{call.g}_0"
+            found = [alone[id(call.values), key] for key in ("x_norm", *own) if (id(call.values), key) in alone]
+            if found:
+                call.values["nonfinite_sample"] = float(found[0])
 
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
