@@ -388,7 +388,10 @@ def test_bracket_by_one_of_both():
 @pytest.mark.parametrize(
     ("numbers", "told"),
     [
-        ({"x_rms": NAN, "z_norm": NAN, "nonfinite_sample": 17.0}, "in the input of z1, in sample 17 of the batch alone."),
+        (
+            {"x_rms": NAN, "z_norm": NAN, "nonfinite_sample": 17.0},
+            "in the input of z1, in sample 17 of the batch alone.",
+        ),
         ({"z_norm": INF, "nonfinite_sample": 0.0}, "in the output of z1, in sample 0 of the batch alone."),
         ({"z_norm": INF}, "in the output of z1."),
         ({"z_norm": NAN, "W_rms": NAN, "nonfinite_sample": 3.0}, "in the weights of z1."),

@@ -417,6 +417,7 @@ class Recorder:
         losses = self._read(reading, [*tables, *self._scales.told.values(), rate])
         self._name_bad_samples(reading)
         self._slopes.enter(self._calls)
+        gaps += self._weights.settle(self._calls, no_update)
         self._divide_scales_out()
         self._join_checkpoints()
         ways, more = derive(self._calls, self._given)
