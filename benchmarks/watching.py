@@ -26,11 +26,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 import bpdiag
 
@@ -43,7 +44,7 @@ Step = Callable[[], None]
 def mlp() -> tuple[nn.Module, Tensor]:
     """784-128-...-128-10, ten weight layers, relu; 64 samples."""
     widths = [784] + [128] * 9
-    hidden = [m for n, k in zip(widths, widths[1:], strict=False) for m in (nn.Linear(n, k), nn.ReLU())]
+    hidden = [m for n, k in pairwise(widths) for m in (nn.Linear(n, k), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(128, 10)), torch.randn(64, 784)
 
 
@@ -77,7 +78,7 @@ class Training:
     def step(self, loss_of: Callable[[Tensor], Tensor] = lambda loss: loss) -> None:
         """Forward, backward, update."""
         self.optimizer.zero_grad()
-        loss_of(F.cross_entropy(self.model(self.x), self.y)).backward()
+        loss_of(cross_entropy(self.model(self.x), self.y)).backward()
         self.optimizer.step()
 
 
@@ -103,10 +104,13 @@ def watched(**options: object) -> Callable[[Training], Step]:
 def reduced(reduce: Callable[[Tensor], object]) -> Callable[[Training], Step]:
     """Plain hooks that bring every output, cotangent, weight and weight gradient to the host one by one."""
 
+    def come_back(g: Tensor) -> None:
+        reduce(g)
+
     def begin(training: Training) -> Step:
         def see(module: nn.Module, args: object, out: Tensor) -> None:
             reduce(out.detach())
-            out.register_hook(lambda g: [reduce(g)] and None)
+            out.register_hook(come_back)
 
         for module in training.leaves():
             module.register_forward_hook(see)

@@ -88,17 +88,16 @@ def test_a_weight_that_is_not_finite(value):
     assert [math.isfinite(size) for size in sizes] == [True, True, False]
 
 
-def test_a_gradient_changed_in_place_by_the_optimizer_is_missing_rather_than_wrong():
-    class Spends(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.grad.zero_()
+def test_a_gradient_that_is_gone_is_missing_rather_than_wrong():
+    def spend(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad.zero_()
 
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
-    optimizer = Spends(model.parameters(), lr=1e-30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    optimizer.register_step_post_hook(spend)  # before the watcher has read
     with watch(model, optimizer) as watching:
         for factor in (1.0, 1.0, 1e-30, 1e-30):
             (model(X).sum() * factor).backward()

@@ -75,4 +75,5 @@ class Pace:
         extra = median(self._took[True]) - plain
         if extra <= 0:
             return 1
-        return min(FARTHEST, max(1, math.ceil(extra / (self.max_overhead * plain)))) if plain > 0 else FARTHEST
+        limit = (self.max_overhead or 0) * plain
+        return min(FARTHEST, math.ceil(extra / limit)) if limit > 0 else FARTHEST

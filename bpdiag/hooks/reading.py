@@ -57,17 +57,17 @@ class Reading:
                     else:
                         singles.setdefault(x.device, []).append((x, (table, key)))
         for alike in vectors.values():
-            stack, places = torch.stack([x for x, _ in alike]), [place for _, place in alike]
-            self._vectors.append((stack, places))
-            self.tell(statistics.lengths(stack), places)
+            stack, of_stack = torch.stack([x for x, _ in alike]), [place for _, place in alike]
+            self._vectors.append((stack, of_stack))
+            self.tell(statistics.lengths(stack), of_stack)
         for group in singles.values():
             self.tell(torch.stack([x for x, _ in group]), [place for _, place in group])
         by_device: dict[torch.device, list[tuple[Tensor, Sequence[Place]]]] = {}
         for numbers, places in self._told:
             by_device.setdefault(numbers.device, []).append((numbers, places))
-        for group in by_device.values():
-            read = torch.cat([numbers for numbers, _ in group]).tolist()
-            for (table, key), number in zip((place for _, places in group for place in places), read, strict=True):
+        for told in by_device.values():
+            read = torch.cat([numbers for numbers, _ in told]).tolist()
+            for (table, key), number in zip((place for _, places in told for place in places), read, strict=True):
                 table[key] = number
 
     def samples(self) -> dict[tuple[int, Any], int]:

@@ -128,26 +128,26 @@ class Weights:
         A further read, where a number has come near the ends of float32 since the last sample.
         """
         gaps: list[Gap] = []
-        for call in calls:
-            weight = call.weight
-            for kind in KINDS if weight is not None and weight.numel() else ():
-                column = f"{kind}_norm"
-                if column not in call.values:
-                    continue
-                rms = float(call.values[column]) / math.sqrt(weight.numel())
-                if (kind, weight) in self._narrow and not (RIGHT[0] < rms < RIGHT[1] or math.isnan(rms)):
-                    again = self._again(kind, weight, bool(no_update))
-                    del call.values[column]
-                    if again is None:
-                        gaps.append((call, column, "it came near the ends of float32: told from the next sample on"))
-                    else:
-                        call.values[column] = again.item()
-        for call in calls:
-            weight = call.weight
-            for kind in KINDS if weight is not None and weight.numel() else ():
-                rms = float(call.values.get(f"{kind}_norm", math.nan)) / math.sqrt(weight.numel())
-                change = self._narrow.add if FAR[0] < rms < FAR[1] else self._narrow.discard
-                change((kind, weight))
+        told = [
+            (call, weight, kind, f"{kind}_norm")
+            for call in calls
+            if (weight := call.weight) is not None and weight.numel()
+            for kind in KINDS
+            if f"{kind}_norm" in call.values
+        ]
+        fit = set()
+        for call, weight, kind, column in told:
+            rms = float(call.values[column]) / math.sqrt(weight.numel())
+            if (kind, weight) in self._narrow and not (RIGHT[0] < rms < RIGHT[1] or math.isnan(rms)):
+                again = self._again(kind, weight, bool(no_update))
+                del call.values[column]
+                if again is None:
+                    gaps.append((call, column, "it came near the ends of float32: told from the next sample on"))
+                else:
+                    call.values[column] = again.item()
+            elif FAR[0] < rms < FAR[1]:
+                fit.add((kind, weight))
+        self._narrow = fit
         return gaps
 
     def _again(self, kind: str, p: nn.Parameter, no_update: bool) -> Tensor | None:
