@@ -71,7 +71,7 @@ class Slopes:
                 call.values["slope_rms"] = norm / math.sqrt(elements) if elements else math.nan
                 call.values["a_saturated_fraction"] = (elements - passing) / elements if elements else math.nan
             if "_asleep" in call.values:
-                call.values["a_dead_fraction"] = call.values.pop("_asleep") / call.shape[call.axis]
+                call.values["a_dead_fraction"] = call.values.pop("_asleep") / self._largest[call].shape[0]
 
 
 def _stacks(vectors: dict[Call, Tensor], calls: Iterable[Call]) -> Iterable[tuple[list[Call], Tensor]]:
