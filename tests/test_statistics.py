@@ -262,7 +262,9 @@ def test_passing_is_the_rest_of_what_is_saturated(largest, dtype, rng):
     assert ones[-1] == 0
     on_it = slope.element_size() >= 4 or limit.item() >= 0.05 * largest  # a narrow number is compared as it is
     assert ones[-3:-1].tolist() == [on_it, on_it]
-    assert 1 - ones.double().mean().item() == pytest.approx(saturated_fraction(slope, largest).item(), abs=2e-3)
+    assert 1 - ones.double().mean().item() == pytest.approx(
+        saturated_fraction(slope, largest).item(), abs=2e-3 if slope.element_size() >= 4 else 1e-2
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
