@@ -153,8 +153,9 @@ class Recorder:
             return
         if self._eager is None and "torch._dynamo" in sys.modules:
             self._eager = torch.compiler.set_stance("force_eager")  # what is compiled runs as written: hooks fire there
-        standing = [(m, m._parameters.get("weight"), m.__dict__.get("inplace")) for m in self.model.modules()]
-        # hooks stand as long as every step is sampled and the model is made of the same modules and weights
+        # hooks stand as long as every step is sampled and nothing changes that they were put up by
+        weights = ((m, m._parameters.get("weight")) for m in self.model.modules())
+        standing = [(m, w, w is not None and w.requires_grad, m.__dict__.get("inplace")) for m, w in weights]
         if not self._handles or not _same(standing, self._standing):
             self._take_down()
             self._put_up()
