@@ -144,6 +144,7 @@ class Watch:
             "optimizer": hooks.describe(optimizers),
             "model": type(model).__name__,
             **_processes(),
+            "scaler": self._scaler is not None,
             "provenance": {
                 "steps": "sampled: 0, N, 2N, ... with N = every; with max_overhead first those that N was found by, "
                 "and every is the last N; the loss of every step that told it",
@@ -206,6 +207,7 @@ class Watch:
         self._running().add_loss(loss)
         if isinstance(loss, Tensor) and loss.grad_fn is not None and "loss" not in self._writer.meta:
             self._writer.meta["loss"] = hooks.kind_of_loss(loss)
+            self._writer.meta["loss_path"] = self._running().loss_path(loss)
         return loss
 
     def step(self) -> None:

@@ -58,6 +58,7 @@ class Call:
     parents: tuple[Call, ...]
     order: int  # of execution, in its forward pass
     within: Any = None  # the reentrant checkpoint whose recomputation it is
+    given_up: bool = False  # the walk down the graph: what it was computed from is not all known
     through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -27,7 +27,8 @@ def derive(calls: Sequence[Call], given: Collection[Call]) -> tuple[dict[Call, W
     for call in calls:
         for parent in call.parents:
             readers.setdefault(parent, []).append(call)
-    ways = {call: _way(call, readers, given) for call in calls if call.fan_in is not None}
+    lost = any(call.given_up for call in calls)
+    ways = {call: _way(call, readers, given, lost) for call in calls if call.fan_in is not None}
     _decades(calls, ways, readers)
     _edge_gains(calls, readers, given, gaps)
     below = _weights_below(calls)
@@ -93,7 +94,9 @@ def _edge_gains(
         if any(carried[p] is not None for p in forks):
             call.edge_gains = {p: ratio(v, own) for p, v in carried.items() if v is not None}
         if any(carried[p] is None for p in forks):
-            gaps.append((call, "edge_gain", "a way that is not this layer's alone, or that no gradient came through"))
+            gaps.append(
+                (call, "edge_gain", "not this layer's way alone, or one through a checkpoint, or no gradient came")
+            )
 
 
 def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:
@@ -117,14 +120,14 @@ def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:
     call.values["slope_factor"] = ratio(here, entering)
 
 
-def _way(call: Call, readers: dict[Call, list[Call]], given: Collection[Call]) -> Way:
-    """Upwards as long as each output has one reader."""
+def _way(call: Call, readers: dict[Call, list[Call]], given: Collection[Call], lost: bool) -> Way:
+    """Upwards as long as each output has one reader; ``lost``: some layer's walk down was given up."""
     passed: list[Call] = []
     while True:
         above = readers.get(call, [])
         if not above:
             why = "no watched layer reads its output" if passed else "the last layer: nothing above it"
-            return tuple(passed), None, why
+            return tuple(passed), None, "too many operations between layers to follow the way up" if lost else why
         if len(above) > 1 or call in given:
             also = " and the model's output" if call in given else ""
             return tuple(passed), None, f"its output is read by {len(above)} layers{also}: the way up forks"

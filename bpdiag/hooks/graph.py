@@ -28,6 +28,7 @@ class Walk:
     parents: dict[Call, None] = field(default_factory=dict)
     crossed: list[tuple[Place, Edge | None]] = field(default_factory=list)  # without an edge: handed on as it is
     through: dict[Any, None] = field(default_factory=dict)  # reentrant checkpoints in whose insides it ends
+    given_up: bool = False  # after MOST_NODES
 
 
 class Graph:
@@ -75,6 +76,7 @@ class Graph:
                 elif node not in seen:
                     seen.add(node)
                     stack.append(node)
+        walk.given_up |= bool(stack)
 
     def _end_at(self, checkpoint: Any, walk: Walk) -> None:
         walk.through[checkpoint] = None

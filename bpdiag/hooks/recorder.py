@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
+from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
 from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
-from bpdiag.hooks.unseen import named_modules, refuse, unseen
+from bpdiag.hooks.unseen import foreign_parameters, named_modules, refuse, unseen
 from bpdiag.hooks.weights import Weights
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
@@ -81,6 +83,7 @@ class Recorder:
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
         self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
+        self._foreign: list[nn.Parameter] | None = None  # parameters of the forward pass that are not the model's
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class Recorder:
     def unseen(self) -> list[dict[str, str]]:
         """Modules and parameters that no sampled step told anything of, each with its reason."""
         seen = {name for name, _ in self._index}
-        return unseen(self.model, self.optimizers, seen, self._passed_over)
+        return unseen(self.model, self.optimizers, seen, self._passed_over, self._foreign or ())
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
@@ -127,6 +130,10 @@ class Recorder:
         self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
         if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
             self._scales.await_gradient(loss, self._pass)
+
+    def loss_path(self, loss: Tensor) -> list[dict[str, Any]]:
+        """What stands between the model's output and ``loss``; empty where that is not known, as between samples."""
+        return loss_path(loss, self._outputs) if self._outputs else []
 
     def _updated(self) -> None:
         """The scaler ends a step; where no optimizer stepped, it skipped it."""
@@ -175,8 +182,9 @@ class Recorder:
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
         for weight in self._watched_weights():
             if weight.requires_grad:
-                hook = _Hook(self._weights.left_by_backward)
-                self._handles.append(weight.register_post_accumulate_grad_hook(hook))
+                met, left = self._weights.met_by_backward, self._weights.left_by_backward
+                self._handles.append(weight.register_hook(_Hook(partial(met, weight))))
+                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(left)))
 
     def _take_down(self) -> None:
         for handle in self._handles:
@@ -201,6 +209,8 @@ class Recorder:
         self._counts: dict[nn.Module, int] = {}
         self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
+        self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._pass, self._order = 0, 0
@@ -229,6 +239,7 @@ class Recorder:
             self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
             self._graph = Graph()
+            self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
         if self._listening() and args:
@@ -238,7 +249,11 @@ class Recorder:
         """The model's output reads layers too: the loss may be computed from any of it."""
         if self._listening():
             self._inside = False
-            walk = self._graph.walk(leaves(output))
+            outs = [t for t in leaves(output) if t.grad_fn is not None]
+            if self._foreign is None:
+                self._foreign = foreign_parameters(self.model, outs, self._entered)
+            self._outputs |= {(t.grad_fn, t.output_nr) for t in outs}
+            walk = self._graph.walk(outs)
             self._given |= walk.parents
             self._given_through |= walk.through
             self._graph.read(walk, None)
@@ -267,6 +282,7 @@ class Recorder:
             tuple(walk.parents),
             order,
             within,
+            walk.given_up,
             tuple(walk.through),
         )
         self._graph.read(walk, call)

@@ -39,7 +39,13 @@ class Weights:
         self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
         self._raw: dict[nn.Parameter, Tensor] = {}  # its norm then
         self._gradients: dict[nn.Parameter, Tensor] = {}  # and as the optimizer meets it
+        self._stale: dict[nn.Parameter, Tensor | float] = {}  # what .grad held before
         self._met: dict[nn.Parameter, tuple[Tensor, int]] = {}  # that gradient, and its version
+
+    def met_by_backward(self, p: nn.Parameter, g: Tensor) -> None:
+        """A backward is about to add to a weight's gradient: the first of a step should find none."""
+        if p not in self._stale:
+            self._stale[p] = 0.0 if p.grad is None else statistics.norm(p.grad)
 
     def left_by_backward(self, p: nn.Parameter) -> None:
         """A backward has added to a weight's gradient."""
@@ -87,7 +93,7 @@ class Weights:
 
     def finish(self, calls: Sequence[Call], no_update: str) -> list[Gap]:
         """The norms into the values of the calls whose weights they are; what is missing, and why."""
-        told: dict[nn.Parameter, dict[str, Tensor]] = {}
+        told: dict[nn.Parameter, dict[str, Tensor | float]] = {}
         for weight in {call.weight: None for call in calls}:
             if weight is None:
                 continue
@@ -97,6 +103,7 @@ class Weights:
                 "W_norm": self._sizes.get(weight) if weight.numel() else None,
                 "g_W_norm": self._gradients.get(weight),
                 "g_W_raw_norm": self._raw.get(weight),
+                "g_W_stale_norm": self._stale.get(weight),
             }
             copy = self._copies.get(weight)
             if copy is not None and copy.numel() and not no_update:
@@ -118,7 +125,10 @@ class Weights:
             if "g_W_norm" not in call.values:
                 reason = "no gradient arrived at this weight" if weight.requires_grad else "frozen"
                 gaps.append((call, "g_W_norm", reason))
-            elif "g_W_raw_norm" not in call.values:
+                continue
+            if "g_W_stale_norm" not in call.values:
+                gaps.append((call, "g_W_stale_norm", "no backward was seen to come to it"))
+            if "g_W_raw_norm" not in call.values:
                 gaps.append((call, "g_W_raw_norm", "the backward that left it was not watched"))
         return gaps
 
