@@ -62,6 +62,8 @@ COLUMNS: dict[str, str] = {
     "weight_factor": "w = |g_a| / |g_z of the next weight layer|: what the next layer's weights do",
     "slope_factor": "s = |g_z| / |g_a|: what the activation does;  G = w s",
     "decades": "D = log10(|g_z| / |g_z of the last weight layer|)",
+    "nonfinite_sample": "index in the batch (first dimension) of the one sample whose numbers in this call are not "
+    "finite: of its input, else its output, else its cotangent; null where all are finite or no sample is alone in it",
 }
 
 

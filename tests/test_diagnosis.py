@@ -479,6 +479,24 @@ def test_bracket_by_one_of_both():
     assert "not sampled" not in (seen.cause + seen.sentence)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        (
+            {"x_rms": NAN, "z_norm": NAN, "nonfinite_sample": 17.0},
+            "in the input of z1, in sample 17 of the batch alone.",
+        ),
+        ({"z_norm": INF, "nonfinite_sample": 0.0}, "in the output of z1, in sample 0 of the batch alone."),
+        ({"z_norm": INF}, "in the output of z1."),
+        ({"z_norm": NAN, "W_rms": NAN, "nonfinite_sample": 3.0}, "in the weights of z1."),
+    ],
+)
+def test_the_sample_alone_in_it_is_named(numbers, told):
+    finding = only(net(edit=spoil(60, "z1", **numbers)))
+    assert finding.sentence == f"The numbers are not finite from step 60: first seen {told}"
+    assert finding.evidence.get("sample") == (numbers["nonfinite_sample"] if "sample" in told else None)
+
+
 BREAKS = {  # what broke: ({layer: numbers}, where)
     "input": ({"z1": {"x_rms": NAN, "z_norm": NAN}, "z2": {"z_norm": NAN}}, "z1#0"),
     "forward": ({"a2": {"a_norm": INF}, "z3": {"z_norm": INF}, "z5": {"g_z_norm": NAN}}, "a2#0"),

@@ -38,7 +38,11 @@ def non_finite(p: Profile) -> Iterator[Finding]:
             names = " or ".join(trace.layers[i].title for i in makers)
             below = trace.layers[index].title
             where = f"in what {names} sends back to {below}" if makers != [index] else f"{_PLACES[cause]} {names}"
-            where += f" at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
+            sample = trace.value("nonfinite_sample", index, at)
+            if sample is not None and cause != "weights":
+                evidence["sample"] = sample
+                where += f", in sample {sample:.0f} of the batch alone"
+            where += f", at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
         if at:
             ratio = trace.column("update_ratio")[0][at - 1]
             reach = ratio * np.sqrt([float(layer.fan_in or 0) for layer in trace.layers])

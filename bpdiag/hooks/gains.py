@@ -46,7 +46,7 @@ def derive(calls: Sequence[Call], given: Collection[Call]) -> tuple[dict[Call, W
 
 def _finish_norms(call: Call, gaps: list[Gap]) -> None:
     """Several outputs' cotangents into one norm, rms from norms; say why a cotangent is missing."""
-    own = f"g_{call.tensor}"
+    own = call.g
     if any(count > 1 for count in call.events.values()):
         for name in [n for n in call.values if n.startswith(("g_z", "g_a"))]:
             del call.values[name]
@@ -61,6 +61,9 @@ def _finish_norms(call: Call, gaps: list[Gap]) -> None:
     for tensor, size in call.sizes.items():
         if f"{tensor}_norm" in call.values:
             call.values[f"{tensor}_rms"] = ratio(call.values[f"{tensor}_norm"], math.sqrt(size))
+    if call.fan_in is not None and call.tensor == "z":
+        n, total = call.samples, call.values.get("_units_norm", math.nan)
+        call.values["z_cosine"] = (total * total - n) / (n * (n - 1)) if n > 1 else math.nan
     if "dW_rms" in call.values:
         call.values["update_ratio"] = ratio(call.values["dW_rms"], call.values["W_rms"])
 
@@ -83,11 +86,11 @@ def _edge_gains(
 ) -> None:
     """|v| / |g| for each edge of a call that reads where others read too: v what the edge carries, g the call's own."""
     for call in calls:
-        own = call.values.get(f"g_{call.tensor}_norm")
+        own = call.values.get(f"{call.g}_norm")
         forks = [p for p in call.parents if len(readers[p]) > 1 or p in given]
         if not forks or own is None:
             continue
-        carried = {p: p.values.get(f"g_{p.tensor}_norm") for p in call.parents} | {p: call.edges.get(p) for p in forks}
+        carried = {p: p.values.get(f"{p.g}_norm") for p in call.parents} | {p: call.edges.get(p) for p in forks}
         if any(carried[p] is not None for p in forks):
             call.edge_gains = {p: ratio(v, own) for p, v in carried.items() if v is not None}
         if any(carried[p] is None for p in forks):
@@ -109,7 +112,7 @@ def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:
         return
     call.values["backward_gain"] = ratio(here, above)
     last = passed[-1] if passed else call
-    entering = child.values.get("_entering_norm", last.values.get(f"g_{last.tensor}_norm"))
+    entering = child.values.get("_entering_norm", last.values.get(f"{last.g}_norm"))
     if entering is None:
         gaps += [(call, c, "no gradient came back to the activation") for c in FLOW[2:]]
         return

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bpdiag import statistics
 from bpdiag.hooks.call import Call
+from bpdiag.hooks.reading import norm_by_sample
 
 MOST_NODES = 10_000  # looked at between two layers
 
@@ -126,6 +126,6 @@ def _measure(reader: Call, source: Call, node: Any, i: int) -> None:
     def arrived(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
         g = grad_inputs[i]
         again = source in reader.edges  # a second backward through the same graph
-        reader.edges[source] = None if again or g is None else statistics.norm(g)
+        reader.edges[source] = None if again or g is None else norm_by_sample(g)
 
     node.register_hook(arrived)
