@@ -3,9 +3,9 @@
 The same two functions serve autograd (here) and any sweep that calls them itself, so that the maths stands
 once.  ``Rule.apply`` is differentiable to any order in reverse mode, because ``vjp`` is written in differentiable
 operations on true inputs and outputs (of an input that a ``vjp`` does not read, as relu's of z, a constant cotangent
-has no graph; torch's may have one that leads to 0); it runs under ``torch.func.vmap`` and under autocast.  A rule states no
-Jacobian-vector product: ``torch.func.jvp``, and ``hessian``, which is made of it, refuse it; ``jacrev(jacrev(...))``
-is the Hessian.
+has no graph; torch's may have one that leads to 0); it runs under ``torch.func.vmap`` and under autocast.  A rule
+states no Jacobian-vector product: ``torch.func.jvp``, and ``hessian``, which is made of it, refuse it;
+``jacrev(jacrev(...))`` is the Hessian.
 """
 
 from __future__ import annotations
