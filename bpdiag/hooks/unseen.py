@@ -80,6 +80,8 @@ def foreign_parameters(model: nn.Module, outputs: Iterable[Tensor], inputs: Iter
         [(2,), (2, 2)]
     """
     own, found = set(model.parameters()), dict[nn.Parameter, None]()
+    if any(hasattr(p, "full_tensor") for p in own):
+        return []  # sharded: the forward pass computes with others, gathered for it
     stack: list[Any] = [t.grad_fn for t in outputs]
     seen = {t.grad_fn for t in inputs} | {None}
     while stack:
