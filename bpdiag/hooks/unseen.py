@@ -76,7 +76,7 @@ def foreign_parameters(model: nn.Module, outputs: Iterable[Tensor], inputs: Iter
     Example:
         >>> hidden, model = nn.Linear(2, 2), nn.Linear(2, 1)
         >>> x = torch.ones(1, 2)
-        >>> [tuple(p.shape) for p in foreign_parameters(model, [model(hidden(x))], [x])]
+        >>> sorted(tuple(p.shape) for p in foreign_parameters(model, [model(hidden(x))], [x]))
         [(2,), (2, 2)]
     """
     own, found = set(model.parameters()), dict[nn.Parameter, None]()
