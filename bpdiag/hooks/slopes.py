@@ -40,7 +40,9 @@ class Slopes:
             passing = statistics.passing(slope, rule.largest_slope)
         if passing.element_size() < 4:
             passing = passing.float()
-        self._passing[call] = (passing.sum(others) if others else passing).reshape(-1)
+        if others:
+            passing = passing.sum(others[0] if len(others) == 1 else others)  # a list costs as much as the sum of a row
+        self._passing[call] = passing.reshape(-1)
         self._elements[call] = slope.numel()
         if unit >= 0 and slope.numel():
             self._largest[call] = self._passing[call] if rule.is_switch else statistics.largest_of_units(slope, unit)
