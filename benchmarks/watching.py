@@ -19,19 +19,19 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 
 import bpdiag
 
@@ -222,7 +222,7 @@ def begin(name: str, make: Callable[[], tuple[nn.Module, Tensor]], block: int, s
     """Put the contestant's step, warm, into ``steps``, or why it has none into ``told``."""
     try:
         step = CONTESTANTS[name][0](Training(make))
-        for _ in range(3 if block < 32 else 20):
+        for _ in range(block if "watch" in name else 3):
             step()
         steps[name] = step
     except ImportError as error:
@@ -272,7 +272,16 @@ def table(told: dict[str, list[float] | str]) -> list[str]:
 
 def resident() -> int:
     """Bytes of this process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def peak_of(step: Step) -> int:
+    """The most bytes of tensors that a step holds beyond those it found, by the allocator's own account."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def live() -> tuple[int, int]:
@@ -287,21 +296,21 @@ def live() -> tuple[int, int]:
 def remember(net: str, contestant: str, steps: int) -> None:
     """Run, and print what memory it took, as JSON: for a process of its own."""
     torch.set_num_threads(1)
+    with bpdiag.watch(nn.Linear(1, 1)) as watching:  # every contestant has what watching imports
+        watching.trace.to_pandas()
     training = Training(NETS[net][0])
     step = CONTESTANTS[contestant][0](training)
-    early = max(steps // 10, 1)
+    early = steps // 4
     for _ in range(early):
         step()
-    before, tensors_before = resident(), live()
+    told: dict[str, object] = {"early": resident(), "tensors early": live()[0]}
     for _ in range(steps - early):
         step()
-    now, tensors = resident(), live()
-    weights = sum(p.numel() * p.element_size() for p in training.model.parameters())
-    told = {"early": before, "late": now, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    print(json.dumps({**told, "weights": weights, "tensors": [tensors_before, tensors], "at": [early, steps]}))
+    told |= {"late": resident(), "tensors late": live()[0], "peak": peak_of(step)}  # a sampled one: steps is 16 n
+    print(json.dumps({**told, "weights": sum(p.numel() * p.element_size() for p in training.model.parameters())}))
 
 
-def memory(net: str, contestant: str, steps: int) -> dict[str, int | list[int]]:
+def memory(net: str, contestant: str, steps: int) -> dict[str, int]:
     """``remember`` in a process of its own."""
     command = [sys.executable, __file__, "--memory", net, contestant, str(steps)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -312,21 +321,20 @@ def memory(net: str, contestant: str, steps: int) -> dict[str, int | list[int]]:
 def memory_table() -> list[str]:
     """Rows of a Markdown table."""
     lines = [
-        "| | | MB early | MB late | MB peak | peak against alone | tensors early, late |",
-        "|---|---|---|---|---|---|---|",
+        "| net | | resident after a quarter | at the end | tensors Python knows, then and now | a step's peak |",
+        "|---|---|---|---|---|---|",
     ]
-    for net, steps in zip(NETS, (2000, 24), strict=True):
-        peak = 0.0
+    for net, steps in zip(NETS, (2000, 48), strict=True):
         for contestant in ("left alone", "watch, every step", "watch, every 16th step"):
             told = memory(net, contestant, steps)
-            early, late, top = (told[key] / 1e6 for key in ("early", "late", "peak"))
-            peak = peak or top
-            counts = " to ".join(str(count) for count, _ in told["tensors"])
-            extra = f"{top - peak:+.0f} MB (weights: {told['weights'] / 1e6:.0f} MB)"
-            lines.append(
-                f"| {net}, {steps} steps | {contestant} | {early:.0f} | {late:.0f} | {top:.0f} | {extra} | {counts} |"
-            )
+            early, late, peak = (f"{told[key] / 1e6:.1f}" for key in ("early", "late", "peak"))
+            tensors = f"{told['tensors early']}, {told['tensors late']}"
+            more = f"{peak} (weights: {told['weights'] / 1e6:.1f})"
+            lines.append(f"| {net}, {steps} steps | {contestant} | {early} | {late} | {tensors} | {more} |")
     return lines
+
+
+# ---- the page -----------------------------------------------------------------------------------------
 
 
 PAGE = """# What watching costs
@@ -340,9 +348,12 @@ says what it is.
 Machine: {machine}.
 
 """
+MEMORY = """## Memory
 
+Each row in a process of its own; MB of 10^6 bytes. The peak is of the tensors of one sampled step beyond those there
+before it, by the allocator's own account. A loss is a tensor until it is read with the next sample.
 
-# ---- the page -----------------------------------------------------------------------------------------
+"""
 
 
 def machine() -> str:
@@ -375,11 +386,7 @@ def main() -> None:
         page += "\n".join(section) + "\n"
         print(*section, sep="\n", flush=True)
     if not asked.quick:
-        page += (
-            "## Memory\n\nEach row in a process of its own; MB of 10^6 bytes, resident.\n\n"
-            + "\n".join(memory_table())
-            + "\n"
-        )
+        page += MEMORY + "\n".join(memory_table()) + "\n"
         (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / "overhead.md").write_text(page)
         print(page)

@@ -6,7 +6,7 @@ is multiplied by t > 0 (t^degree).  The suite checks the declaration.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ class Statistic:
 STATISTICS: dict[str, Statistic] = {}
 _WIDEST = {"mps": torch.float32}
 _AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PART = 2**20  # elements that are copied into a wider format at once
 SATURATED = 0.05  # of the largest slope: an element below it passes almost nothing back
 
 
@@ -89,6 +90,8 @@ def norm(x: Tensor) -> Tensor:
     x = dense(x)
     if x.dtype == wide(x.device):
         return lengths(x.reshape(1, -1))[0]
+    if x.numel() > PART and type(x) is Tensor and x.is_contiguous():
+        return norm(lengths(x.view(1, -1)) if x.dim() < 2 else lengths(x.view(x.shape[0], -1)))
     return torch.linalg.vector_norm(x, dtype=wide(x.device))
 
 
@@ -107,12 +110,27 @@ def lengths(rows: Tensor) -> Tensor:
     """
     widest = wide(rows.device)
     if rows.dtype != widest:
-        return torch.linalg.vector_norm(rows, dim=1, dtype=widest)
+        return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=widest) for part in parts(rows)])
     if not rows.numel():
         return rows.new_zeros(len(rows))
     limits = torch.finfo(rows.dtype)
     scale = rows.abs().amax(1, keepdim=True).clamp(limits.tiny, limits.max)  # squares must stay in the format
     return torch.linalg.vector_norm(rows / scale, dim=1) * scale.squeeze(1)
+
+
+def parts(rows: Tensor) -> Sequence[Tensor]:
+    """A matrix as it is, or on a CPU a large one in groups of rows: a copy of all of it in float64 would be memory.
+
+    Such a copy is made whenever a narrower number is reduced in float64, and where it is large it costs eight times as
+    much as the sum.
+
+    Example:
+        >>> [tuple(part.shape) for part in parts(torch.ones(5, 2**19))]
+        [(2, 524288), (2, 524288), (1, 524288)]
+    """
+    if rows.numel() <= PART or rows.device.type != "cpu":
+        return (rows,)
+    return rows.split(max(PART // rows.shape[1], 1))
 
 
 def by_sample(x: Tensor) -> Tensor:
@@ -261,8 +279,11 @@ def sum_of_units(rows: Tensor, lengths: Tensor) -> Tensor:
         tensor([1., 1.])
     """
     rows = rows.float() if rows.element_size() < 4 else rows
+    lengths = lengths.to(rows.dtype).unsqueeze(1)
+    several = parts(rows)
     # not a matrix product: autocast would round it
-    return (rows / lengths.to(rows.dtype).unsqueeze(1)).sum(0)
+    sums = [(part / r).sum(0) for part, r in zip(several, lengths.split(several[0].shape[0]), strict=True)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 @statistic(of="update", degree=1)

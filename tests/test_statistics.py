@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bpdiag.statistics import (
+    PART,
     STATISTICS,
     Statistic,
     by_sample,
@@ -20,6 +21,7 @@ from bpdiag.statistics import (
     passing,
     rms,
     saturated_fraction,
+    sum_of_units,
     update_ratio,
 )
 
@@ -274,6 +276,19 @@ def test_lengths_are_the_norms_of_the_rows(dtype, size, rng):
     parts = lengths(by_sample(x))
     assert parts.tolist() == pytest.approx([norm(row).item() for row in x], rel=1e-12)
     assert norm(parts).item() == pytest.approx(norm(x).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 700_000), (5_000, 300), (1, 1_500_000), (1_500_000,), (64, 8, 60, 60)])
+def test_a_large_tensor_is_reduced_in_parts_to_the_same(shape, rng):
+    x = torch.randn(shape, generator=rng) * 1e-25
+    wide = x.double()
+    assert x.numel() > PART
+    assert norm(x).item() == pytest.approx(wide.square().sum().sqrt().item(), rel=1e-12)
+    rows = by_sample(x)
+    true = wide.reshape(rows.shape)
+    torch.testing.assert_close(lengths(rows), true.square().sum(1).sqrt(), rtol=1e-12, atol=0)
+    units = (true / true.square().sum(1, keepdim=True).sqrt()).sum(0)
+    torch.testing.assert_close(sum_of_units(rows, lengths(rows)).double(), units, rtol=1e-4, atol=1e-6 * len(rows))
 
 
 # ---- cosine ------------------------------------------------------------------------------------------

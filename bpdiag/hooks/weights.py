@@ -19,7 +19,7 @@ from bpdiag.hooks.gains import Gap
 from bpdiag.hooks.reading import kept
 from bpdiag.hooks.scale import ScalerClock
 
-FAR = 1e-8, 1e8  # from the ends of float32: rms of what may be squared in it until the next sample
+FAR = 1e-12, 1e12  # from the ends of float32: rms of what may be squared in it until the next sample
 RIGHT = 1e-15, 1e18  # rms for which that was right; what is under 1e-19 squares to 0, and adds nothing to such a one
 KINDS = ("W", "dW", "g_W", "g_W_raw")
 
