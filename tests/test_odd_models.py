@@ -205,6 +205,19 @@ class Several(nn.Module):
         return {"aux": x.detach(), "mu": h[:, :4] * 2, "lv": h[:, 4:] * 3}
 
 
+class AllStates(nn.Module):
+    """Gives its last state out twice, alone and among all."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.low, self.high = nn.Parameter(torch.ones(4)), nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        low = self.low(x) * self.scale
+        high = self.high(low)
+        return {"last": high, "all": (low, high)}
+
+
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -220,6 +233,14 @@ def test_an_output_of_several_tensors_is_measured_by_those_that_are_trained():
     assert row(trace, "head").decades == 0
     trace = watched(Several(), torch.randn(4, 6), lambda out: out["mu"].sum() + out["lv"].sum())
     assert row(trace, "both").g_z_norm == pytest.approx(math.sqrt(16 * 4 + 16 * 9))
+
+
+def test_a_tensor_given_out_twice_is_one_output():
+    model = nn.ModuleDict({"body": AllStates()})
+    model.forward = lambda x: model["body"](x)["last"]
+    of_low = model["body"].high.weight.detach().sum(0).norm()  # for each sample the sum of the rows
+    trace = watched(model, torch.randn(3, 6), lambda out: out.sum())
+    assert row(trace, "body").g_z_norm == pytest.approx(math.sqrt(3 * 4 + 3 * of_low**2), rel=1e-5)
 
 
 @pytest.mark.parametrize(
