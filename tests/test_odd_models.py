@@ -218,6 +218,27 @@ class AllStates(nn.Module):
         return {"last": high, "all": (low, high)}
 
 
+class WithoutGradient(torch.autograd.Function):
+    """Twice its input; says that its input has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+class Quantizing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(WithoutGradient.apply(torch.relu(self.a(x))) + self.b(x))
+
+
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -241,6 +262,13 @@ def test_a_tensor_given_out_twice_is_one_output():
     of_low = model["body"].high.weight.detach().sum(0).norm()  # for each sample the sum of the rows
     trace = watched(model, torch.randn(3, 6), lambda out: out.sum())
     assert row(trace, "body").g_z_norm == pytest.approx(math.sqrt(3 * 4 + 3 * of_low**2), rel=1e-5)
+
+
+def test_a_function_that_gives_no_gradient_stops_no_training():
+    trace = watched(Quantizing(), torch.randn(3, 6), guess)
+    assert math.isnan(row(trace, "a").g_z_norm)
+    assert reasons(trace, "a")["g_z_norm"] == "no gradient came back"
+    assert row(trace, "b").g_z_norm > 0
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,16 @@ def from_config(model: str, config: str, **options: Any) -> Callable[[], nn.Modu
     return make
 
 
+def checkpointed(make: Callable[[], nn.Module], use_reentrant: bool) -> Callable[[], nn.Module]:
+    def model() -> nn.Module:
+        made = make()
+        made.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        made.enable_input_require_grads()
+        return made
+
+    return model
+
+
 def ids(low: int = 3) -> Tensor:
     return torch.randint(low, VOCABULARY, (BATCH, LENGTH))
 
@@ -150,6 +160,8 @@ PICTURE = {
     "patch_size": 8,
 }
 
+LLAMA = from_config("LlamaForCausalLM", "LlamaConfig", **SMALL, num_key_value_heads=1, attn_implementation="sdpa")
+
 TRANSFORMERS = {
     "Bert": Entry(from_config("BertForMaskedLM", "BertConfig", **SMALL), masked_text, told_loss, remark="encoder"),
     "Roberta": Entry(
@@ -181,11 +193,16 @@ TRANSFORMERS = {
         told_loss,
         remark="decoder",
     ),
-    "Llama": Entry(
-        from_config("LlamaForCausalLM", "LlamaConfig", **SMALL, num_key_value_heads=1, attn_implementation="sdpa"),
+    "Llama": Entry(LLAMA, text, told_loss, remark="decoder; grouped queries"),
+    "Llama, checkpoints": Entry(
+        checkpointed(LLAMA, use_reentrant=False), text, told_loss, remark="decoder; blocks recomputed in the backward"
+    ),
+    "Llama, reentrant checkpoints": Entry(
+        checkpointed(LLAMA, use_reentrant=True),
         text,
         told_loss,
-        remark="decoder; grouped queries",
+        remark="decoder; cotangents compared with those without checkpoints",
+        plain=LLAMA,
     ),
     "Gemma 2": Entry(
         from_config("Gemma2ForCausalLM", "Gemma2Config", **SMALL, num_key_value_heads=1, head_dim=8),
@@ -236,6 +253,35 @@ TRANSFORMERS = {
         text,
         told_loss,
         remark="state space",
+    ),
+    "Qwen 3 Next": Entry(
+        from_config(
+            "Qwen3NextForCausalLM", "Qwen3NextConfig", **SMALL, num_key_value_heads=1, head_dim=8, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+            linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+            layer_types=["linear_attention", "full_attention"], experts_implementation="eager",
+        ),
+        text,
+        told_loss,
+        remark="mixture of experts, linear attention",
+    ),
+    "FNet": Entry(from_config("FNetForMaskedLM", "FNetConfig", **SMALL), text, told_loss, remark="encoder; Fourier"),
+    "I-BERT": Entry(
+        from_config("IBertForMaskedLM", "IBertConfig", **SMALL, quant_mode=True),
+        text,
+        told_loss,
+        torch.float32,
+        remark="encoder; quantized by functions that give no gradient to some of their inputs",
+    ),
+    "Perceiver": Entry(
+        from_config(
+            "PerceiverForMaskedLM", "PerceiverConfig", vocab_size=VOCABULARY, num_latents=4, d_latents=16, d_model=16,
+            num_self_attends_per_block=1, num_self_attention_heads=2, num_cross_attention_heads=2,
+            max_position_embeddings=LENGTH, qk_channels=16, v_channels=16,
+        ),
+        lambda: {"inputs": ids(), "labels": ids()},
+        told_loss,
+        remark="encoder; a module called with None",
     ),
     "ViT": Entry(
         from_config("ViTForImageClassification", "ViTConfig", **PICTURE), pictures, told_loss, remark="vision"

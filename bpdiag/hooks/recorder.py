@@ -288,7 +288,9 @@ class Recorder:
     def _await(self, call: Call, i: int, out: Tensor) -> None:
         """Measure the cotangent of the i-th output when it comes."""
 
-        def arrived(g: Tensor) -> None:
+        def arrived(g: Tensor | None) -> None:
+            if g is None:  # a Function above has none for it
+                return
             call.events[i] = call.events.get(i, 0) + 1
             call.values[f"_g_{call.tensor}_{i}"] = statistics.norm(g)
             call.sizes[f"g_{call.tensor}"] = call.sizes.get(f"g_{call.tensor}", 0) + g.numel()
@@ -337,7 +339,9 @@ class Recorder:
                 return
             self._measure(call, "x", x)
 
-        def arrived(g: Tensor) -> None:
+        def arrived(g: Tensor | None) -> None:
+            if g is None:
+                return
             call.values["_entering_norm"] = statistics.norm(g)
             if owner is not None:
                 self._draw(owner, "g_a", g)
