@@ -41,12 +41,17 @@ def option(default: Any, meaning: str) -> Any:
 class ModelConfig:
     """The network."""
 
-    name: str = option("mlp", "mlp: layers of equal width")
+    name: str = option(
+        "mlp", "mlp: layers of equal width; cnn: two convolutions with pools, then layers of equal width"
+    )
     depth: int = option(5, "weight layers")
-    width: int = option(128, "units per hidden layer")
+    width: int = option(128, "units per hidden layer, of a cnn per linear one")
     activation: str = option("relu", "relu, tanh, sigmoid, gelu, silu, elu, ...: the table bpdiag.rules.ACTIVATIONS")
     weight_variance: str = option("he", "sigma_w^2 = Var W fan_in: a number, or he, lecun, glorot, torch, orthogonal")
     bias_variance: str = option("preset", "Var b: a number, or a preset's: 1/(3 fan_in) for torch, else 0")
+    residual: str = option("none", "none, or identity: a block adds to what enters it, a = a_below + scale phi(z)")
+    branch_scale: str = option("1", "of residual blocks: a number, or 1/sqrt(blocks)")
+    normalization: str = option("preset", "of every z: none, layer, batch, or a preset: batch for a cnn, else none")
     backward: str = option("handwritten", "handwritten: our rules; autograd: torch's own")
 
 

@@ -1,6 +1,9 @@
-"""Networks built from our rules, and how their weights begin.
+"""Networks built from our rules.
 
     z_l = W_l a_{l-1} + b_l,   a_l = phi(z_l),   l = 1..depth;   a_0 is the input, z_depth the logits.
+
+Normalized: z_l = norm(W_l a_{l-1} + b_l).  Residual: a_l = a_{l-1} + branch_scale phi(z_l), from layer 2 on, where both
+are of one width; such a layer is a block.  The last layer, the head, is plain in every network.
 
 With ``model.backward=autograd`` the same network, from the same seed, is built from torch's own modules instead.
 """
@@ -9,177 +12,178 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import skip_init
 
-from bpdiag.config import ModelConfig, UsageError, choose, nearest
-from bpdiag.rules import ACTIVATIONS, RULES, Activation
+from bpdiag.config import ModelConfig, UsageError, choose
+from bpdiag.initialization import BIAS_PRESETS, INITIALIZERS, initialize, number
+from bpdiag.modules import BACKWARDS, Residual
+from bpdiag.rules import ACTIVATIONS
 
-MODELS = ("mlp",)
-BACKWARDS = ("handwritten", "autograd")
-
-
-class Linear(nn.Module):
-    """z = x W^T + b by our rule; ``weight`` (N_out, N_in) and ``bias`` (N_out,), as nn.Linear names them."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in))
-        self.bias = nn.Parameter(torch.empty(n_out))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., N_in) -> (..., N_out)."""
-        return RULES["linear"].apply(x, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        """Sizes, as nn.Linear shows them."""
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+RESIDUALS = ("none", "identity")
+NORMALIZATIONS = ("preset", "none", "layer", "batch")
+PER_BLOCK = "1/sqrt(blocks)"
+LEAST_DEPTH = 3  # of a residual net: first layer, a block, head; of a convolutional one: two convolutions, head
+CHANNELS, PADDING, KERNEL, POOL = (16, 32), (2, 0), 5, 2  # of the two convolutions, and of the pool above each
 
 
-class Nonlinearity(nn.Module):
-    """a = phi(z) by a rule of ``rules.activation``; what it learns is a parameter, named as torch names it."""
+class Layers:
+    """The layers of one network as it grows, each its modules by name; one stream of random numbers draws the weights.
 
-    def __init__(self, rule: type[Activation]) -> None:
-        super().__init__()
-        self.rule = rule
-        for name, start in rule.learnable.items():
-            self.register_parameter(name, nn.Parameter(torch.tensor([start])))
+    A module is named by what it is and the number of its layer.
+    """
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Elementwise on any shape."""
-        return self.rule.apply(z, *self.parameters())
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config, self.kit = config, BACKWARDS[config.backward]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.made: list[dict[str, nn.Module]] = []
 
-    def extra_repr(self) -> str:
-        """The rule's name."""
-        return self.rule.name
+    def begin(self, name: str, module: nn.Linear | nn.Conv2d) -> None:
+        """A new layer, by the module that holds its weights."""
+        assert module.bias is not None
+        with torch.no_grad():
+            initialize(module.weight, module.bias, self.config, self.generator)
+        self.made.append({})
+        self.add(name, module)
 
+    def add(self, name: str, module: nn.Module) -> None:
+        """A further module of the last layer."""
+        self.made[-1][f"{name}{len(self.made)}"] = module
 
-def normal(W: Tensor, variance: float, generator: torch.Generator) -> None:
-    """W ~ N(0, variance / fan_in)."""
-    W.normal_(0, math.sqrt(variance / W.shape[1]), generator=generator)
+    def linear(self, n_in: int, n_out: int) -> None:
+        """A new layer:  W a + b."""
+        self.begin("linear", skip_init(self.kit.linear, n_in, n_out))
 
-
-def he(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """sigma_w^2 = 2: keeps the backward gain of a relu net at 1 (He et al. 2015, eq. 14)."""
-    normal(W, 2.0, generator)
-
-
-def lecun(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """sigma_w^2 = 1: keeps it at 1 where the slope at 0 is 1 (LeCun et al. 1998, eq. 16)."""
-    normal(W, 1.0, generator)
-
-
-def glorot(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """Var W = 2 / (fan_in + fan_out), normal: a compromise of both directions (Glorot & Bengio 2010, eq. 12)."""
-    normal(W, 2 * W.shape[1] / (W.shape[0] + W.shape[1]), generator)
-
-
-def torch_default(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """W ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)): nn.Linear's default, sigma_w^2 = 1/3."""
-    bound = 1 / math.sqrt(W.shape[1])
-    W.uniform_(-bound, bound, generator=generator)
+    def activate(self, *shape: int) -> None:
+        """On with it:  phi(norm(z)), z of this shape for one sample."""
+        rule, norm = ACTIVATIONS[self.config.activation], normalization(self.config)
+        if norm == "layer":
+            self.add("layernorm", self.kit.layer_norm(shape))
+        elif norm == "batch":
+            self.add("batchnorm", self.kit.batch_norm[len(shape)](shape[0]))
+        self.add(rule.name, self.kit.activation(rule))
 
 
-def orthogonal(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """Equal singular values, of the size critical for the activation: sig = 1/r (Saxe et al. 2014, section 3)."""
-    draw = torch.empty(max(W.shape), min(W.shape)).normal_(generator=generator)
-    Q, R = torch.linalg.qr(draw)
-    Q = Q * torch.sign(torch.diagonal(R))  # else the draw is not uniform over the rotations
-    W.copy_(Q if W.shape == Q.shape else Q.t())
-    W.mul_(max(1.0, math.sqrt(W.shape[0] / W.shape[1])) / rule.r)
+def mlp(config: ModelConfig, shape: tuple[int, ...], n_out: int, seed: int) -> nn.Sequential:
+    """linear1, relu1, ..., the head; residual: linear1, relu1, then linear2, relu2, sum2, ..., the head."""
+    layers, n_in = Layers(config, seed), math.prod(shape)
+    for layer in range(1, config.depth):
+        layers.linear(n_in if layer == 1 else config.width, config.width)
+        layers.activate(config.width)
+        if config.residual == "identity" and layer > 1:
+            layers.add("sum", layers.kit.sum(branch_scale(config)))
+    layers.linear(config.width if config.depth > 1 else n_in, n_out)
+    return Residual(layers.made) if config.residual == "identity" else _in_a_row(*layers.made)
 
 
-# a preset of the weights: (rule of the weights, sigma_b^2 fan_in of the bias that goes with it)
-INITIALIZERS = {
-    "he": (he, 0.0),
-    "lecun": (lecun, 0.0),
-    "glorot": (glorot, 0.0),
-    "torch": (torch_default, 1 / 3),
-    "orthogonal": (orthogonal, 0.0),
-}
-
-
-def number(key: str, value: str, presets: Iterable[str]) -> float | None:
-    """A variance given as a number, None for the name of a preset.
-
-    Raises:
-        UsageError: It is neither, or negative, or not finite.
+def branch_scale(config: ModelConfig) -> float:
+    """The number of ``model.branch_scale``; there are depth - 2 blocks.
 
     Example:
-        >>> number("model.weight_variance", "1.7", INITIALIZERS), number("model.weight_variance", "he", INITIALIZERS)
-        (1.7, None)
+        >>> branch_scale(ModelConfig(depth=18, branch_scale="1/sqrt(blocks)"))
+        0.25
     """
-    if value in presets:
-        return None
-    try:
-        variance = float(value)
-    except ValueError:
-        raise UsageError(f"{key}={value}: unknown; a number, or a preset; {nearest(value, presets)}") from None
-    if not 0 <= variance < math.inf:
-        raise UsageError(f"{key}={value}: must be 0 or more, and finite")
-    return variance
+    scale = number("model.branch_scale", config.branch_scale, [PER_BLOCK])
+    return 1 / math.sqrt(config.depth - 2) if scale is None else scale
 
 
-def initialize(W: Tensor, b: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """Draw W, then b, as ``config`` says; a bias without variance draws nothing."""
-    rule = ACTIVATIONS[config.activation]
-    variance = number("model.weight_variance", config.weight_variance, INITIALIZERS)
-    if variance is None:
-        INITIALIZERS[config.weight_variance][0](W, rule, generator)
-    else:
-        normal(W, variance, generator)
-    spread = number("model.bias_variance", config.bias_variance, BIAS_PRESETS)
-    if spread is not None:
-        b.normal_(0, math.sqrt(spread), generator=generator)
-        return
-    preset = config.weight_variance if config.bias_variance == "preset" else config.bias_variance
-    third = INITIALIZERS[preset][1] if preset in INITIALIZERS else 0.0
-    bound = math.sqrt(3 * third / W.shape[1])
-    b.uniform_(-bound, bound, generator=generator) if bound else b.zero_()
+def normalization(config: ModelConfig) -> str:
+    """What ``model.normalization`` comes to: none, layer or batch.
+
+    The preset of a cnn is batch: without it the test accuracy after two epochs is 98.5 % give or take a third, with it
+    98.8 % give or take a tenth.
+    """
+    if config.normalization != "preset":
+        return config.normalization
+    return "batch" if config.name == "cnn" else "none"
 
 
-BIAS_PRESETS = ("preset", *INITIALIZERS)
+def cnn(config: ModelConfig, shape: tuple[int, ...], n_out: int, seed: int) -> nn.Sequential:
+    """conv1, batchnorm1, relu1, maxpool1, conv2, ..., maxpool2, then linear3, ..., the head, after LeNet-5.
+
+    The first convolution pads, so that the picture keeps its size.  Takes flat rows, as the data are, and makes
+    pictures of them itself.
+
+    Raises:
+        UsageError: The pictures are too small.
+
+    Source:
+        LeCun et al. 1998, figure 2; norms, max pools and wider convolutions are today's.
+    """
+    layers = Layers(config, seed)
+    channels, *size = shape if len(shape) == 3 else (1, 1, math.prod(shape))
+    least = POOL * (KERNEL - 1 + POOL)
+    if min(size) < least:
+        raise UsageError(
+            f"model.name=cnn: the pictures have {' x '.join(map(str, size))} places; it needs {least} x {least} or "
+            "more; model.name=mlp takes any"
+        )
+    for wide, padding in zip(CHANNELS, PADDING, strict=True):
+        layers.begin("conv", skip_init(layers.kit.conv, channels, wide, KERNEL, padding=padding))
+        channels, size = wide, [n + 2 * padding - KERNEL + 1 for n in size]
+        layers.activate(channels, *size)
+        layers.add("maxpool", layers.kit.max_pool(POOL))
+        size = [n // POOL for n in size]
+    layers.add("flatten", layers.kit.flatten())
+    n_in = channels * math.prod(size)
+    for _ in range(LEAST_DEPTH, config.depth):
+        layers.linear(n_in, config.width)
+        layers.activate(config.width)
+        n_in = config.width
+    layers.linear(n_in, n_out)
+    return _in_a_row({"unflatten": nn.Unflatten(1, shape)}, *layers.made)
+
+
+MODELS = {"mlp": mlp, "cnn": cnn}
+
+
+def _in_a_row(*layers: dict[str, nn.Module]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((name, module) for layer in layers for name, module in layer.items()))
 
 
 def check(config: ModelConfig) -> None:
-    """Every name in ``config`` is known, every variance a preset or a number.
+    """Every name in ``config`` is known, every number in its range or a preset, and they go together.
 
     Raises:
-        UsageError: One is not; the message names the nearest.
+        UsageError: One is not, and the message names the nearest; or two do not go together.
     """
     choose("model.name", config.name, MODELS)
     choose("model.activation", config.activation, ACTIVATIONS)
     number("model.weight_variance", config.weight_variance, INITIALIZERS)
     number("model.bias_variance", config.bias_variance, BIAS_PRESETS)
+    choose("model.residual", config.residual, RESIDUALS)
+    scale = number("model.branch_scale", config.branch_scale, [PER_BLOCK])
+    choose("model.normalization", config.normalization, NORMALIZATIONS)
     choose("model.backward", config.backward, BACKWARDS)
+    residual = config.residual == "identity"
+    if residual and config.name != "mlp":
+        raise UsageError(f"model.residual=identity: of model.name=mlp only, here it is {config.name}: leave one out")
+    if not residual and scale != 1:
+        raise UsageError(f"model.branch_scale={config.branch_scale}: no branch to scale; add model.residual=identity")
+    if (residual or config.name == "cnn") and config.depth < LEAST_DEPTH:
+        what = "model.residual=identity" if residual else "model.name=cnn"
+        raise UsageError(f"model.depth={config.depth}: too few for {what}; must be {LEAST_DEPTH} or more")
 
 
-def build(config: ModelConfig, n_in: int, n_out: int, seed: int) -> nn.Sequential:
+def build(config: ModelConfig, n_in: int | tuple[int, int, int], n_out: int, seed: int) -> nn.Sequential:
     """The network that ``config`` describes, in float32 on the CPU; equal seeds give equal weights on any backward.
+
+    Args:
+        config: its options.
+        n_in: numbers of a sample, or its (channels, height, width), which a cnn needs; it comes as a flat row anyway.
+        n_out: classes.
+        seed: of the weights.
 
     Modules are named linear1, tanh1, linear2, ...: the number is the layer.
 
     Raises:
-        UsageError: A name is unknown.
+        UsageError: A name is unknown, or two options do not go together.
 
     Example:
         >>> [name for name, _ in build(ModelConfig(depth=2, activation="tanh"), 784, 10, seed=0).named_children()]
         ['linear1', 'tanh1', 'linear2']
     """
     check(config)
-    rule, by_hand = ACTIVATIONS[config.activation], config.backward == "handwritten"
-    generator = torch.Generator().manual_seed(seed)
-    widths = [n_in, *[config.width] * (config.depth - 1), n_out]
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for layer in range(1, config.depth + 1):
-        n_below, n_here = widths[layer - 1], widths[layer]
-        linear = Linear(n_below, n_here) if by_hand else skip_init(nn.Linear, n_below, n_here)
-        with torch.no_grad():
-            initialize(linear.weight, linear.bias, config, generator)
-        modules[f"linear{layer}"] = linear
-        if layer < config.depth:
-            modules[f"{rule.name}{layer}"] = Nonlinearity(rule) if by_hand else rule.oracle(**rule.settings)
-    return nn.Sequential(modules)
+    return MODELS[config.name](config, (n_in,) if isinstance(n_in, int) else tuple(n_in), n_out, seed)

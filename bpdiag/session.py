@@ -188,6 +188,7 @@ class Watch:
         self._running().add_loss(loss)
         if isinstance(loss, Tensor) and loss.grad_fn is not None and "loss" not in self._writer.meta:
             self._writer.meta["loss"] = hooks.kind_of_loss(loss)
+            self._writer.meta["loss_path"] = self._running().loss_path(loss)
         return loss
 
     def step(self) -> None:

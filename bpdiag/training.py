@@ -77,9 +77,27 @@ def check(config: Config) -> None:
     choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
     choose("training.dtype", config.training.dtype, DTYPES)
     device(config)
-    samples = len(_load(config).train)
-    if config.data.batch_size > samples:
-        raise UsageError(f"data.batch_size={config.data.batch_size}: the training split has {samples} samples")
+    samples, batch = len(_load(config).train), config.data.batch_size
+    if batch > samples:
+        raise UsageError(f"data.batch_size={batch}: the training split has {samples} samples")
+    whole, rest = divmod(samples, batch)
+    one_comes = batch == 1 or (rest == 1 and steps(config, samples) > whole)
+    if one_comes and model.normalization(config.model) == "batch":
+        one = "is one sample" if batch == 1 else f"leaves a last batch of one sample of {samples}"
+        raise UsageError(
+            f"data.batch_size={batch}: {one}; batch normalization needs two or more (or model.normalization=none)"
+        )
+
+
+def steps(config: Config, samples: int) -> int:
+    """Steps planned: those of the epochs, or fewer where ``training.steps`` says so.
+
+    Example:
+        >>> steps(Config(), 55_000)
+        860
+    """
+    planned = config.training.epochs * math.ceil(samples / config.data.batch_size)
+    return min(planned, config.training.steps or planned)
 
 
 def device(config: Config) -> torch.device:
@@ -130,9 +148,14 @@ def threads(count: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def logits(net: nn.Module, split: data.Split, chunk: int = 5_000) -> Tensor:
-    """(N, K), a chunk at a time."""
-    return torch.cat([net(split.x[i : i + chunk]) for i in range(0, len(split), chunk)])
+def logits(net: nn.Module, split: data.Split, chunk: int = 1_000) -> Tensor:
+    """(N, K) of the net in evaluation, a chunk at a time; it goes on as it was, in training or not."""
+    training = net.training
+    net.eval()
+    try:
+        return torch.cat([net(split.x[i : i + chunk]) for i in range(0, len(split), chunk)])
+    finally:
+        net.train(training)
 
 
 def accuracy(net: nn.Module, split: data.Split) -> float:
@@ -193,14 +216,12 @@ def train(
 def _train(config: Config, folder: Path | None, progress: Callable[[int, int, float], None] | None) -> Result:
     start = time.perf_counter()
     dataset, where, dtype = _load(config), device(config), DTYPES[config.training.dtype]
-    net = model.build(config.model, dataset.train.x.shape[1], dataset.classes, config.seed).to(where, dtype)
+    net = model.build(config.model, dataset.shape, dataset.classes, config.seed).to(where, dtype)
     by_hand = config.model.backward == "handwritten"
     criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
     optimizer = OPTIMIZERS[config.optimizer.name](net.parameters(), config)
     per_epoch = math.ceil(len(dataset.train) / config.data.batch_size)
-    planned = config.training.epochs * per_epoch
-    if config.training.steps:
-        planned = min(planned, config.training.steps)
+    planned = steps(config, len(dataset.train))
     metrics: dict[str, Any] = {"stopped": None}
     interrupt: KeyboardInterrupt | None = None
 
@@ -252,7 +273,7 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         write_json(folder / "metrics.json", metrics)
     if interrupt is not None:
         raise interrupt
-    return Result(config, folder, net, trace, findings, metrics)
+    return Result(config, folder, net.eval(), trace, findings, metrics)
 
 
 def batches(config: Config, samples: int, planned: float, where: torch.device) -> Iterator[Tensor]:
@@ -337,7 +358,7 @@ def load(run: str | os.PathLike[str]) -> Kept:
         parts = {f.name: str(f.type) for f in dataclasses.fields(Config)}
         settings: dict[str, Any] = {k: PARTS[parts[k]](**v) if isinstance(v, dict) else v for k, v in given.items()}
         config = Config(**settings)
-        net = model.build(config.model, math.prod(facts["shape"]), len(facts["names"]), config.seed)
+        net = model.build(config.model, facts["shape"], len(facts["names"]), config.seed)
         net.to(DTYPES[config.training.dtype]).load_state_dict(kept["state_dict"])
     except (RuntimeError, OSError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
         raise UsageError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from error

@@ -22,7 +22,9 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "rules": (set(), {"torch"}),
     "statistics": (set(), {"torch"}),
     # subjects
-    "model": ({"rules"}, {"torch"}),
+    "modules": ({"rules"}, {"torch"}),
+    "initialization": ({"rules"}, {"torch"}),
+    "model": ({"rules", "modules", "initialization"}, {"torch"}),
     "data": (set(), {"numpy", "torch", "torchvision", "PIL"}),
     # measuring
     "hooks": ({"rules", "statistics"}, {"torch"}),
@@ -58,6 +60,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
 STOREYS = [
     ["config", "trace", "__init__"],
     ["chain", "rules", "statistics"],
+    ["modules", "initialization"],
     ["model", "data"],
     ["hooks"],
     ["diagnosis", "difference"],

@@ -110,6 +110,52 @@ def test_an_interrupt_keeps_what_there_is(tmp_path):
     assert (tmp_path / "run" / "model.pt").exists()
 
 
+def test_evaluation_does_not_depend_on_who_else_is_in_the_batch():
+    """Running statistics, not the batch's; and the net goes on as it was."""
+    config = Config(model=ModelConfig(depth=3, width=16, normalization="batch"), training=TrainingConfig(steps=20))
+    result = training.train(config)
+    net, split = result.model, data.load(config.data).test
+    assert not net.training
+    together, alone = training.logits(net, split), training.logits(net, split, chunk=7)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    net.train()
+    with torch.no_grad():
+        assert not torch.allclose(net(split.x[:7]), together[:7], rtol=0.1, atol=0.1)  # the twin
+    before = net.batchnorm1.running_mean.clone()
+    training.logits(net, split)
+    assert net.training
+    assert torch.equal(net.batchnorm1.running_mean, before)
+
+
+@pytest.mark.parametrize("model", [ModelConfig(normalization="batch"), ModelConfig(name="cnn")], ids=["batch", "cnn"])
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 1), (81, 0), (81, 680)])
+def test_a_batch_of_one_is_refused_where_a_batch_is_normalized(batch_size, steps, model):
+    """55,000 samples in batches of 81 leave one."""
+    config = Config(data=DataConfig(batch_size=batch_size), training=TrainingConfig(steps=steps))
+    training.check(config)
+    config.model = model
+    with pytest.raises(UsageError, match=f"data.batch_size={batch_size}: .*batch normalization needs two or more"):
+        training.check(config)
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(2, 0), (81, 679), (64, 0)])
+def test_a_batch_of_two_is_not_nor_one_that_is_never_reached(batch_size, steps):
+    model = ModelConfig(normalization="batch")
+    training.check(Config(model=model, data=DataConfig(batch_size=batch_size), training=TrainingConfig(steps=steps)))
+
+
+@pytest.mark.parametrize("options", [{"name": "cnn"}, {"residual": "identity"}], ids=["cnn", "residual"])
+def test_what_is_kept_of_any_net_is_what_was_trained(options, tmp_path):
+    result = training.train(small(steps=6, **options), tmp_path / "run")
+    kept, x = training.load(tmp_path / "run"), data.load(DataConfig()).test.x[:20]
+    assert torch.equal(kept.model(x), result.model(x))
+
+
+def test_a_cnn_learns_sooner_than_layers_do():
+    model = ModelConfig(name="cnn", depth=3)
+    assert training.train(Config(model=model, training=TrainingConfig(steps=150))).metrics["test_accuracy"] > 0.93
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_denormals_and_threads_are_restored(before):
     tiny = torch.full((1,), 1e-40)

@@ -18,6 +18,7 @@ from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
+from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
 from bpdiag.hooks.unseen import named_modules, refuse, unseen
 from bpdiag.rules import Activation
@@ -124,6 +125,10 @@ class Recorder:
         if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
             self._scales.await_gradient(loss, self._pass)
 
+    def loss_path(self, loss: Tensor) -> list[dict[str, Any]]:
+        """What stands between the model's output and ``loss``; empty where that is not known, as between samples."""
+        return loss_path(loss, self._outputs) if self._outputs else []
+
     def _updated(self) -> None:
         """The scaler ends a step; where no optimizer stepped, it skipped it."""
         if not self._stepped:
@@ -175,6 +180,7 @@ class Recorder:
         self._counts: dict[nn.Module, int] = {}
         self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._pass, self._order = 0, 0
@@ -214,7 +220,9 @@ class Recorder:
         """The model's output reads layers too: the loss may be computed from any of it."""
         if self._listening():
             self._inside = False
-            walk = self._graph.walk(leaves(output))
+            outs = [t for t in leaves(output) if t.grad_fn is not None]
+            self._outputs |= {(t.grad_fn, t.output_nr) for t in outs}
+            walk = self._graph.walk(outs)
             self._given |= walk.parents
             self._given_through |= walk.through
             self._graph.read(walk, None)

@@ -1,0 +1,55 @@
+"""What stands between a model's output and its loss, read from autograd's graph: a judge sees what was done there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+
+MOST_NODES = 64  # between the output and the loss
+
+
+def loss_path(loss: Tensor, outputs: Collection[tuple[Any, int]]) -> list[dict[str, Any]]:
+    """The operations from the model's output up to ``loss``, each after those that it reads.
+
+    Args:
+        loss: before its backward.
+        outputs: the model's output tensors, each the node that made it and which of its outputs it is.
+
+    Returns:
+        ``{"op": "LogSoftmax", "shape": [64, 10], "dim": 1}``: autograd's name of it without Backward, the shape of what
+        it gave out, the dimension it worked along, counted from the front, where it has one.  Empty where the loss was
+        not computed from these outputs, or over more than 64 operations.
+
+    Example:
+        >>> import torch
+        >>> out = torch.ones(3, 2, requires_grad=True) * 1
+        >>> [step["op"] for step in loss_path(out.softmax(1).log().mean(), [(out.grad_fn, 0)])]
+        ['Softmax', 'Log', 'Mean']
+    """
+    ends, order, seen = set(outputs), [], set()
+    reached = False
+    stack = [(loss.grad_fn, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node is not None and node not in seen and not hasattr(node, "variable"):
+            seen.add(node)
+            if len(seen) > MOST_NODES:
+                return []
+            below = [edge for edge in node.next_functions if edge not in ends]
+            reached |= len(below) < len(node.next_functions)
+            stack += [(node, True), *((edge[0], False) for edge in reversed(below))]
+    return [_step(node) for node in order] if reached else []
+
+
+def _step(node: Any) -> dict[str, Any]:
+    shape = [int(n) for n in node._input_metadata[0].shape]
+    told: dict[str, Any] = {"op": re.sub(r"Backward\d*$", "", node.name()), "shape": shape}
+    dim = getattr(node, "_saved_dim", None)
+    if isinstance(dim, int):
+        told["dim"] = dim if dim < 2**63 else dim - 2**64 + len(shape)  # autograd keeps -1 as an unsigned number
+    return told

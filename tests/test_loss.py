@@ -1,0 +1,90 @@
+"""What stands between output and loss, for losses whose faults a judge must see.  Oracle: how each was put together."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bpdiag import Trace, watch
+
+torch.set_num_threads(1)
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 0, 1])
+TARGET = torch.zeros(5)
+
+
+def told(loss, *layers, n_out=3, output=lambda out: out):
+    model = nn.Sequential(nn.Linear(4, n_out), *layers)
+    with watch(model) as watching:
+        watching.loss(loss(output(model(X)))).backward()
+        watching.step()
+    return watching.trace.meta["loss_path"]
+
+
+def names(path):
+    return [step["op"] for step in path]
+
+
+PATHS = {
+    "cross-entropy": (lambda out: F.cross_entropy(out, Y), ["LogSoftmax", "NllLoss"]),
+    "a softmax before it": (lambda out: F.cross_entropy(out.softmax(-1), Y), ["Softmax", "LogSoftmax", "NllLoss"]),
+    "relu on logits": (lambda out: F.cross_entropy(out.relu(), Y), ["Relu", "LogSoftmax", "NllLoss"]),
+    "scaled": (lambda out: F.cross_entropy(out, Y) / 4, ["LogSoftmax", "NllLoss", "Div"]),
+    "by hand": (lambda out: -out.log_softmax(1)[range(5), Y].mean(), ["LogSoftmax", "Index", "Mean", "Neg"]),
+    "the output itself": (lambda out: out.sum(), ["Sum"]),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_operations_in_order(name):
+    loss, expected = PATHS[name]
+    assert names(told(loss)) == expected
+
+
+def test_an_activation_at_the_end_of_the_model_is_the_models():
+    """It stands in the layer table; what follows is the loss's."""
+    assert names(told(lambda out: F.cross_entropy(out, Y), nn.Softmax(1))) == ["LogSoftmax", "NllLoss"]
+
+
+def test_a_target_that_is_broadcast_shows_in_the_shapes():
+    with pytest.warns(UserWarning, match="target size"):
+        path = told(lambda out: F.mse_loss(out, TARGET), n_out=1)
+    assert path == [{"op": "Expand", "shape": [5, 5]}, {"op": "MseLoss", "shape": []}]
+    assert names(told(lambda out: F.mse_loss(out, TARGET[:, None]), n_out=1)) == ["MseLoss"]
+
+
+@pytest.mark.parametrize(("dim", "front"), [(0, 0), (1, 1), (-1, 1)])
+def test_the_dimension_that_it_worked_along(dim, front):
+    path = told(lambda out: -out.log_softmax(dim)[range(5), Y].mean())
+    assert path[0] == {"op": "LogSoftmax", "shape": [5, 3], "dim": front}
+
+
+def test_an_output_read_twice_and_two_outputs():
+    path = told(lambda out: F.cross_entropy(out, Y) + 0.1 * out.square().mean())
+    assert names(path) == ["LogSoftmax", "NllLoss", "Pow", "Mean", "Mul", "Add"]
+    model = nn.GRU(4, 3, batch_first=True)
+    with watch(model) as watching:
+        out, last = model(X[None])
+        watching.loss(out.mean() + last.mean()).backward()
+        watching.step()
+    assert names(watching.trace.meta["loss_path"])[-1] == "Add"
+
+
+def test_a_loss_of_something_else_has_no_path():
+    model = nn.Linear(4, 3)
+    with watch(model) as watching:
+        model(X).sum().backward()
+        watching.loss(model.weight.square().sum()).backward()
+        watching.step()
+    assert watching.trace.meta["loss_path"] == []
+
+
+def test_it_is_kept_with_the_trace(tmp_path):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, log=tmp_path / "run", every=2) as watching:
+        for _ in range(3):
+            watching.loss(F.cross_entropy(model(X), Y)).backward()
+            optimizer.step()
+    assert names(Trace.load(tmp_path / "run").meta["loss_path"]) == ["LogSoftmax", "NllLoss"]
