@@ -173,6 +173,21 @@ def same(one: Any, other: Any) -> bool:
 # ---- the oracle -------------------------------------------------------------------------------------------
 
 
+class Output:
+    """A tensor that a module gave out, and where in the graph its gradient arrives."""
+
+    def __init__(self, t: Tensor, given: list[Tensor]) -> None:
+        self.tensor, self.edge = t, edge(t)
+        # of a linear layer with a sequence, say: a view of what it has computed, all of it
+        own = t._base is not None and t._base.numel() == t.numel() and t._base.requires_grad
+        self.whole = edge(t._base) if own and not any(x is t._base or x._base is t._base for x in given) else None
+
+    def asked_at(self) -> GradientEdge:
+        """Once the forward pass is through: overwriting a view makes a graph of its own above what it is a view of."""
+        overwritten = self.tensor.grad_fn is not None and self.tensor.grad_fn is not self.edge.node
+        return self.whole if overwritten and self.whole is not None else self.edge
+
+
 @dataclass
 class Seen:
     """One call of a module that computes something itself, as a hook of this file saw it."""
@@ -180,7 +195,7 @@ class Seen:
     name: str
     number: int
     norm: float
-    outputs: list[GradientEdge]
+    outputs: list[Output]
     entering: GradientEdge | None
     g: float | None = None  # of all outputs together; None: no gradient arrives
     g_entering: float | None = None
@@ -222,10 +237,10 @@ def retained(run: Run) -> list[Seen]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
             outs = list(tensors(output))
             outs = [t for t in outs if t.requires_grad] or outs
-            edges = {edge(t): None for t in outs if t.requires_grad}
+            given = list(tensors([args, kwargs]))
+            outputs = [Output(t, given) for t in outs if t.requires_grad]
             counts[name] = counts.get(name, -1) + 1
-            size = norm(outs[0]) if outs else 0.0
-            calls.append(Seen(name, counts[name], size, list(edges), entering.pop()))
+            calls.append(Seen(name, counts[name], norm(outs[0]) if outs else 0.0, outputs, entering.pop()))
 
         handles += [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -234,12 +249,13 @@ def retained(run: Run) -> list[Seen]:
     loss = run.loss()
     for handle in handles:
         handle.remove()
-    places = [e for call in calls for e in (*call.outputs, call.entering) if e is not None]
-    edges = list(dict.fromkeys(places))
+    at = {call.key: dict.fromkeys(output.asked_at() for output in call.outputs) for call in calls}
+    into = [call.entering for call in calls if call.entering is not None]
+    edges = list(dict.fromkeys([*(e for of_call in at.values() for e in of_call), *into]))
     found = torch.autograd.grad(loss, edges, allow_unused=True)
     norms = {e: None if g is None else norm(g) for e, g in zip(edges, found, strict=True)}
     for call in calls:
-        arrived = [norms[e] for e in call.outputs if norms[e] is not None]
+        arrived = [norms[e] for e in at[call.key] if norms[e] is not None]
         call.g = float(np.sqrt(np.square(arrived).sum())) if arrived else None
         call.g_entering = norms[call.entering] if call.entering is not None else None
     return calls
