@@ -205,6 +205,36 @@ class Several(nn.Module):
         return {"aux": x.detach(), "mu": h[:, :4] * 2, "lv": h[:, 4:] * 3}
 
 
+def sequence(inplace):
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.Dropout(0.3, inplace), nn.Linear(5, 3))
+
+
+def normalized(inplace):
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(inplace), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(sequence, (4, 7, 6)), (normalized, (4, 2, 6, 6))])
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_view_that_is_overwritten_is_measured_as_it_was(make, shape, backwards):
+    """A linear layer's output of a sequence, an instance norm's output: views.  Oracle: the model not in place."""
+
+    def loss(out):
+        if backwards == 2:
+            out.square().mean().backward(retain_graph=True)
+        return out.flatten(0, -2).sum() if out.dim() > 2 else out.sum()
+
+    traces = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        traces.append(watched(make(inplace), torch.randn(shape), loss, steps=2))
+    plain, overwritten = traces
+    assert plain.layers == overwritten.layers
+    assert plain.missing == overwritten.missing
+    told = [trace.to_arrow().to_pylist() for trace in traces]
+    assert told[0] == told[1]
+    assert (told[1][0]["g_z_norm"] is None) == (backwards == 2)
+
+
 class AllStates(nn.Module):
     """Gives its last state out twice, alone and among all."""
 

@@ -6,14 +6,15 @@ sum says nothing of the parts.  So a hook on the last node of each way reads wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bpdiag import statistics
-from bpdiag.hooks.call import Call
+from bpdiag.hooks.call import Call, leaves
 
 MOST_NODES = 10_000  # looked at between two layers
 
@@ -113,6 +114,35 @@ class Graph:
         shared = [set(reader.parents) for reader in readers if reader]
         below = set.intersection(*shared) if shared else set()
         return below.pop() if len(below) == 1 else None
+
+
+def where_gradients_come(outs: Sequence[Tensor], given: Any) -> Iterator[tuple[int, Tensor]]:
+    """i and the i-th output; for one that is a view of something else that its maker made, all of it, ~i and that.
+
+    Who overwrites a view gives it a new graph above what it is a view of: the gradient comes there, and no more to i.
+
+    Args:
+        outs: of a call.
+        given: its arguments: what is a view of these its maker did not make.
+
+    Example:
+        >>> out = nn.Linear(2, 3)(Tensor(4, 5, 2))
+        >>> [(i, tuple(t.shape)) for i, t in where_gradients_come([out], ())]
+        [(0, (4, 5, 3)), (-1, (20, 3))]
+    """
+    for i, out in enumerate(outs):
+        if out.requires_grad:
+            yield i, out
+            base = out._base
+            if base is None or base.grad_fn is None or base.numel() != out.numel():
+                continue
+            if not any(x is base or x._base is base for x in leaves(given)):
+                yield ~i, base
+
+
+def on_gradient(t: Tensor, arrived: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``arrived`` with the gradient of ``t``; not when a Function above says that it has none."""
+    return t.register_hook(lambda g: None if g is None else arrived(g))
 
 
 def is_checkpoint(node: Any) -> bool:

@@ -17,7 +17,7 @@ from bpdiag import statistics
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
-from bpdiag.hooks.graph import Graph, is_checkpoint
+from bpdiag.hooks.graph import Graph, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
 from bpdiag.hooks.unseen import named_modules, refuse, unseen
@@ -240,18 +240,9 @@ class Recorder:
             return
         within = torch._C._current_autograd_node() if _recomputing() else None
         out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
-        call = Call(
-            module,
-            self._names[module],
-            number,
-            number_of_pass,
-            tuple(out.shape),
-            out.requires_grad,
-            tuple(walk.parents),
-            order,
-            within,
-            tuple(walk.through),
-        )
+        shape, parents, through = tuple(out.shape), tuple(walk.parents), tuple(walk.through)
+        name, trained = self._names[module], out.requires_grad
+        call = Call(module, name, number, number_of_pass, shape, trained, parents, order, within, through)
         self._graph.read(walk, call)
         self._calls.append(call)
         self._measure(call, call.tensor, out)
@@ -264,9 +255,8 @@ class Recorder:
             call.values["z_cosine"] = statistics.mean_cosine(out)
         if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
             self._measure_input(call, x)
-        for i, t in enumerate(outs):
-            if t.requires_grad:
-                self._await(call, i, t)
+        for i, t in where_gradients_come(outs, (args, kwargs)):
+            self._await(call, i, t)
 
     def _place(self, module: nn.Module) -> tuple[int, int, int] | None:
         """(pass, place in the order of execution, which call of this module) of a call to be recorded; else None.
@@ -294,18 +284,18 @@ class Recorder:
         return None
 
     def _await(self, call: Call, i: int, out: Tensor) -> None:
-        """Measure the cotangent of the i-th output when it comes."""
+        """Measure the cotangent of the i-th output when it comes, to it or, as ~i, below it."""
 
-        def arrived(g: Tensor | None) -> None:
-            if g is None:  # a Function above has none for it
+        def arrived(g: Tensor) -> None:
+            if ~i in call.events:
                 return
             call.events[i] = call.events.get(i, 0) + 1
             call.values[f"_g_{call.tensor}_{i}"] = statistics.norm(g)
             call.sizes[f"g_{call.tensor}"] = call.sizes.get(f"g_{call.tensor}", 0) + g.numel()
-            if i == 0:
+            if i in (0, ~0):
                 self._draw(call, f"g_{call.tensor}", g)
 
-        handle = out.register_hook(arrived)
+        handle = on_gradient(out, arrived)
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
@@ -347,15 +337,13 @@ class Recorder:
                 return
             self._measure(call, "x", x)
 
-        def arrived(g: Tensor | None) -> None:
-            if g is None:
-                return
+        def arrived(g: Tensor) -> None:
             call.values["_entering_norm"] = statistics.norm(g)
             if owner is not None:
                 self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
 
-        x.register_hook(arrived)
+        on_gradient(x, arrived)
 
     def _measure_slope(self, call: Call, rule: type[Activation], *kept: Tensor) -> None:
         slope = rule.slope(*(t.detach() for t in kept))
