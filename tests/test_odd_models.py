@@ -235,6 +235,27 @@ def test_a_view_that_is_overwritten_is_measured_as_it_was(make, shape, backwards
     assert (told[1][0]["g_z_norm"] is None) == (backwards == 2)
 
 
+class BothWays(nn.Module):
+    """Gives out a tensor and its transpose, which is a view of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(())), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.inner(x) * self.scale
+        return h, h.t()
+
+
+@pytest.mark.parametrize(("loss", "g"), [((3, 0), [3]), ((0, 1), [1, 1]), ((3, 1), [4, 1])])
+def test_an_output_and_a_view_of_it_are_two(loss, g):
+    """The gradient of the first holds that of its view."""
+    trace = watched(
+        BothWays(), torch.randn(4, 6), lambda out: sum(c * t.sum() for c, t in zip(loss, out, strict=True) if c)
+    )
+    assert row(trace, "").g_z_norm == pytest.approx(math.sqrt(16 * sum(x**2 for x in g)))
+
+
 class AllStates(nn.Module):
     """Gives its last state out twice, alone and among all."""
 

@@ -123,7 +123,7 @@ def where_gradients_come(outs: Sequence[Tensor], given: Any) -> Iterator[tuple[i
 
     Args:
         outs: of a call.
-        given: its arguments: what is a view of these its maker did not make.
+        given: its arguments: what they or other outputs share is not this output's alone.
 
     Example:
         >>> out = nn.Linear(2, 3)(Tensor(4, 5, 2))
@@ -136,7 +136,8 @@ def where_gradients_come(outs: Sequence[Tensor], given: Any) -> Iterator[tuple[i
             base = out._base
             if base is None or base.grad_fn is None or base.numel() != out.numel():
                 continue
-            if not any(x is base or x._base is base for x in leaves(given)):
+            others = (*leaves(given), *(other for other in outs if other is not out))
+            if not any(x is base or x._base is base for x in others):
                 yield ~i, base
 
 
