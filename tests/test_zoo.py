@@ -60,6 +60,9 @@ def test_the_page_tells_of_every_architecture_and_all_are_sound():
     for family, entries in FAMILIES.items():
         assert f"## {family}: {len(entries)} of {len(entries)}\n" in written
         assert [name for name in entries if f"| {name} | " not in written] == []
+    every = sum(map(len, FAMILIES.values()))
+    assert f"**{every} of {every}** architectures" in written
+    assert f"{every} architectures" in (PAGE.parents[1] / "README.md").read_text()
     assert len(TORCHVISION) >= 20
     assert len(FAMILIES["timm"]) >= 20
     assert len(FAMILIES["transformers"]) >= 10

@@ -27,13 +27,14 @@ FAMILIES: dict[str, dict[str, Entry]] = {
 HEAD = """# What has been watched
 
 Written by `make zoo`; do not edit. One training step of each architecture, in training mode, weights drawn at random,
-small inputs, on one thread of a CPU, with {versions}. Three things are asked of each:
+small inputs, on one thread of a CPU, with {versions}.
+Three things are asked of each:
 
 - **bit for bit**: outputs, loss, gradients, parameters, buffers, hooks and the random numbers of torch, Python and
   NumPy are the same bits with the watcher and without it.
 - **nothing missed**: hooks of the test's own count the calls of every module that has parameters of its own or none
   inside. Each is a row of the trace, in the order of execution, or its module is listed with its reason; so is every
-  module that is never called. A row to which no gradient comes says why.
+  module that is never called. A row to which no gradient comes says why. The reasons are those of the test's hooks.
 - **cotangents**: the norm in every row equals that of `torch.autograd.grad` at the module's outputs, in a run of its
   own without the watcher, to 1e-10 (models computed in float32: 1e-5); where autograd has none, the row has none. So
   does the norm at an activation that is a function call, and that of every weight gradient.
@@ -99,7 +100,10 @@ def cells(name: str, entry: Entry, verdict: Verdict | str) -> list[str]:
 def page(verdicts: Mapping[str, Mapping[str, Verdict | str]]) -> str:
     """The page, whole."""
     versions = ", ".join(f"{package} {installed(package)}" for package in verdicts if installed(package))
+    every = [v for of_family in verdicts.values() for v in of_family.values()]
+    total = sum(v.cotangents for v in every if isinstance(v, Verdict))
     lines = [HEAD.format(versions=versions)]
+    lines += [f"**{sum(map(is_sound, every))} of {len(every)}** architectures; {total} cotangents compared.\n"]
     for family, of_family in verdicts.items():
         found = [v for v in of_family.values() if isinstance(v, Verdict)]
         sound, compared = sum(map(is_sound, of_family.values())), sum(v.cotangents for v in found)

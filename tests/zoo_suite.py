@@ -303,17 +303,27 @@ def check_complete(verdict: Verdict, model: nn.Module, calls: list[Seen], trace:
     same_names = {name for name, m in model.named_modules() if isinstance(m, nn.Identity)}
     verdict.incomplete += [f"{call.key} is neither in the trace nor listed" for call in lost if call.name not in listed]
     verdict.incomplete += [f"{name}, never called, is not listed" for name in silent - listed.keys() - same_names]
+    verdict.incomplete += [
+        f"{name}: {listed[name]!r} is not so"
+        for name, module in model.named_modules()
+        if name in silent & listed.keys() and ("uses its parameters" in listed[name]) != is_used(module)
+    ]
     verdict.incomplete += [f"{key} is in the trace and was never called" for key in there - {c.key for c in calls}]
     expected = [call.key for call in calls if call.key in there]
     if [key for key in rows if key in there] != expected:
         verdict.incomplete.append("the layer table is not in the order of execution")
 
 
+def is_used(module: nn.Module) -> bool:
+    """Whether a gradient came to its own parameters."""
+    return any(p.grad is not None for p in module.parameters(recurse=False))
+
+
 def check_cotangents(verdict: Verdict, calls: list[Seen], trace: Any, tolerance: float) -> None:
     """|g| of every row is autograd's; where none arrived it is null, with a reason.  So is the size of its output."""
     rows = {(r["layer"], r["call"]): r for r in trace.to_arrow().to_pylist()}
     truth = {call.key: call for call in calls}
-    reasons = {(m.layer, m.call, m.column) for m in trace.missing}
+    reasons = {(m.layer, m.call, m.column): m.reason for m in trace.missing}
     readers: dict[tuple[str, int], list[tuple[str, int]]] = {}
     for layer in trace.layers:
         if len(layer.parents) == 1:
@@ -328,8 +338,9 @@ def check_cotangents(verdict: Verdict, calls: list[Seen], trace: Any, tolerance:
             verdict.without_gradient += 1
             if got is not None:
                 verdict.wrong.append(f"{key}: a cotangent of {got}, where autograd has none")
-            elif (*key, f"g_{tensor}_norm") not in reasons:
-                verdict.incomplete.append(f"{key}: no cotangent, and no reason")
+            reason = reasons.get((*key, f"g_{tensor}_norm"))
+            if got is None and (reason is None or ("outside the graph" in reason) == bool(call.outputs)):
+                verdict.incomplete.append(f"{key}: no cotangent, and for a reason {reason!r}")
         elif got is None or not close(got, call.g, tolerance):
             verdict.wrong.append(f"{key}: |g| = {got}, autograd's is {call.g}")
         else:

@@ -145,12 +145,24 @@ def swapped(trace: Trace) -> Trace:
     return dataclasses.replace(trace, layers=[second, first, *others])
 
 
+def blaming_the_graph(trace: Trace) -> Trace:
+    outside = [dataclasses.replace(line, reason="outside the graph") for line in trace.missing]
+    return dataclasses.replace(trace, missing=outside)
+
+
+def blaming_others(trace: Trace) -> Trace:
+    unseen = [{**line, "reason": "another one uses its parameters itself"} for line in trace.meta["unseen"]]
+    return dataclasses.replace(trace, meta={**trace.meta, "unseen": unseen})
+
+
 INCOMPLETE = {
     "drops a call": with_rows(lambda rows: rows[:7] + rows[8:]),
     "drops the second call of a module": with_rows(lambda rows: [r for r in rows if r["call"] == 0]),
     "makes up a call": with_rows(lambda rows: [*rows, {**rows[0], "call": 9}]),
     "lists nothing": telling(lambda trace: dataclasses.replace(trace, meta={**trace.meta, "unseen": []})),
     "gives no reason": telling(lambda trace: dataclasses.replace(trace, missing=[])),
+    "gives a reason that is not so": telling(blaming_the_graph),
+    "lists for a reason that is not so": telling(blaming_others),
     "orders by something else": telling(swapped),
 }
 WRONG = {
