@@ -34,7 +34,7 @@ Three things are asked of each:
   NumPy are the same bits with the watcher and without it.
 - **nothing missed**: hooks of the test's own count the calls of every module that has parameters of its own or none
   inside. Each is a row of the trace, in the order of execution, or its module is listed with its reason; so is every
-  module that is never called. A row to which no gradient comes says why. The reasons are those of the test's hooks.
+  module that is never called. A row to which no gradient comes says why, truly.
 - **cotangents**: the norm in every row equals that of `torch.autograd.grad` at the module's outputs, in a run of its
   own without the watcher, to 1e-10 (models computed in float32: 1e-5); where autograd has none, the row has none. So
   does the norm at an activation that is a function call, and that of every weight gradient.
