@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check zoo clean
+.PHONY: demo test check bench zoo clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -13,6 +13,9 @@ check: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv
+	$(BIN)/python benchmarks/watching.py
 
 # Every architecture of tests/zoo_*.py, and the page of what was found: docs/compatibility.md.
 zoo: .venv

@@ -235,6 +235,39 @@ def test_a_view_that_is_overwritten_is_measured_as_it_was(make, shape, backwards
     assert (told[1][0]["g_z_norm"] is None) == (backwards == 2)
 
 
+class Spoiled(torch.autograd.Function):
+    """Its input; the gradient of one sample's is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.clone()
+        g[2, 1, 0] = math.inf
+        return g
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_sample_below_a_view_that_is_overwritten_is_the_batchs(batch_first):
+    """Oracle: the same not in place.  Attention gives a transposed view; its first dimension is what is told."""
+
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.inner, self.relu = nn.MultiheadAttention(6, 2, batch_first=batch_first), nn.ReLU(inplace)
+
+        def forward(self, x):
+            return Spoiled.apply(self.relu(self.inner(x, x, x)[0]))
+
+    told = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        told.append(row(watched(Net(inplace), torch.randn(4, 5, 6), lambda out: out.sum()), "inner"))
+    assert [inner.nonfinite_sample for inner in told] == [2, 2]
+
+
 class BothWays(nn.Module):
     """Gives out a tensor and its transpose, which is a view of it."""
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bpdiag import statistics
 from bpdiag.hooks.call import Call, leaves
+from bpdiag.hooks.reading import norm_by_sample
 
 MOST_NODES = 10_000  # looked at between two layers
 
@@ -29,6 +30,7 @@ class Walk:
     parents: dict[Call, None] = field(default_factory=dict)
     crossed: list[tuple[Place, Edge | None]] = field(default_factory=list)  # without an edge: handed on as it is
     through: dict[Any, None] = field(default_factory=dict)  # reentrant checkpoints in whose insides it ends
+    given_up: bool = False  # after MOST_NODES
 
 
 class Graph:
@@ -76,6 +78,7 @@ class Graph:
                 elif node not in seen:
                     seen.add(node)
                     stack.append(node)
+        walk.given_up |= bool(stack)
 
     def _end_at(self, checkpoint: Any, walk: Walk) -> None:
         walk.through[checkpoint] = None
@@ -116,7 +119,22 @@ class Graph:
         return below.pop() if len(below) == 1 else None
 
 
-def where_gradients_come(outs: Sequence[Tensor], given: Any) -> Iterator[tuple[int, Tensor]]:
+@dataclass(frozen=True)
+class View:
+    """How an output is a view of its base."""
+
+    base_stride: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, g: Tensor) -> Tensor:
+        """A gradient of the base, as the output's: so that its first dimension is the batch again."""
+        laid = torch.empty_strided(g.shape, self.base_stride, dtype=g.dtype, device=g.device)
+        return laid.copy_(g.detach()).as_strided(self.shape, self.stride, self.offset)
+
+
+def where_gradients_come(outs: Sequence[Tensor], given: Any) -> Iterator[tuple[int, Tensor, View | None]]:
     """i and the i-th output; for one that is a view of something else that its maker made, all of it, ~i and that.
 
     Who overwrites a view gives it a new graph above what it is a view of: the gradient comes there, and no more to i.
@@ -127,18 +145,20 @@ def where_gradients_come(outs: Sequence[Tensor], given: Any) -> Iterator[tuple[i
 
     Example:
         >>> out = nn.Linear(2, 3)(Tensor(4, 5, 2))
-        >>> [(i, tuple(t.shape)) for i, t in where_gradients_come([out], ())]
-        [(0, (4, 5, 3)), (-1, (20, 3))]
+        >>> [(i, tuple(t.shape), view and view.shape) for i, t, view in where_gradients_come([out], ())]
+        [(0, (4, 5, 3), None), (-1, (20, 3), torch.Size([4, 5, 3]))]
     """
     for i, out in enumerate(outs):
-        if out.requires_grad:
-            yield i, out
-            base = out._base
-            if base is None or base.grad_fn is None or base.numel() != out.numel():
-                continue
-            others = (*leaves(given), *(other for other in outs if other is not out))
-            if not any(x is base or x._base is base for x in others):
-                yield ~i, base
+        if not out.requires_grad:
+            continue
+        yield i, out, None
+        base = out._base
+        if type(base) is not Tensor or base.grad_fn is None or base.numel() != out.numel():
+            continue
+        others = (*leaves(given), *(other for other in outs if other is not out))
+        if not any(x is base or x._base is base for x in others):
+            offset = out.storage_offset() - base.storage_offset()
+            yield ~i, base, View(base.stride(), out.shape, out.stride(), int(offset))
 
 
 def on_gradient(t: Tensor, arrived: Callable[[Tensor], None]) -> RemovableHandle:
@@ -155,6 +175,6 @@ def _measure(reader: Call, source: Call, node: Any, i: int) -> None:
     def arrived(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
         g = grad_inputs[i]
         again = source in reader.edges  # a second backward through the same graph
-        reader.edges[source] = None if again or g is None else statistics.norm(g)
+        reader.edges[source] = None if again or g is None else norm_by_sample(g)
 
     node.register_hook(arrived)
