@@ -20,10 +20,11 @@ _PUBLIC = {
     "Trace": "trace",
     "diagnose": "diagnosis",
     "load": "training",
+    "predict": "prediction",
     "train": "training",
     "watch": "session",
 }
-__all__ = ["RULES", "Chain", "Config", "Finding", "Result", "Trace", "diagnose", "load", "train", "watch"]
+__all__ = ["RULES", "Chain", "Config", "Finding", "Result", "Trace", "diagnose", "load", "predict", "train", "watch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +76,7 @@ def nodes(cuts: Iterable[float] = (), finest: float = 1.0) -> tuple[Tensor, Tens
     if not inner:
         inner = [0.0]
     edges = [inner[0] - d for d in reversed(_graded(inner[0] + REACH, finest))]
-    for low, high in zip(inner, inner[1:], strict=False):
+    for low, high in pairwise(inner):
         edges += _between(low, high, finest)
     edges += [inner[-1] + d for d in _graded(REACH - inner[-1], finest)[1:]]
     ends = torch.tensor(edges, dtype=torch.float64)
@@ -115,7 +117,6 @@ class Moments:
         return self.square - self.mean**2
 
 
-@lru_cache(maxsize=100_000)
 def moments(rule: type[Activation], q: float) -> Moments:
     """E phi, E phi^2, E phi'^2, kappa, d/dq E phi^2 = E[x phi phi'] / sqrt(q)   at z = sqrt(q) x.
 
@@ -130,6 +131,12 @@ def moments(rule: type[Activation], q: float) -> Moments:
     """
     if not 0 < q < math.inf:
         raise ValueError(f"q={q}: a length is a positive, finite number")
+    known: Any = rule  # mypy does not take a class for something to be looked up by
+    return _moments(known, q)
+
+
+@lru_cache(maxsize=100_000)
+def _moments(rule: type[Activation], q: float) -> Moments:
     x, w = nodes(_corners(rule, q), min(1.0, 1 / math.sqrt(q)))
     a, s = _both(rule, math.sqrt(q) * x)
     s2 = s * s
@@ -225,7 +232,7 @@ def correlated(rule: type[Activation], q: float, c: float) -> tuple[float, float
     a2, s2 = _both(rule, math.sqrt(q) * (c * x[:, None, None, None] + s * y))
     inner = half[..., None] * _WEIGHTS * _density(y)
     a1, s1 = _both(rule, math.sqrt(q) * x)
-    return tuple(float((w * one * (inner * other).sum((1, 2, 3))).sum()) for one, other in ((a1, a2), (s1, s2)))  # type: ignore[return-value]
+    return float(w @ (a1 * (inner * a2).sum((1, 2, 3)))), float(w @ (s1 * (inner * s2).sum((1, 2, 3))))
 
 
 def correlation(rule: type[Activation], c: float, q: float, w2: float, b2: float) -> float:
@@ -312,7 +319,7 @@ class Critical:
 
 
 def critical(rule: type[Activation], b2: float | None = None) -> Critical | None:
-    """(sigma_w^2, sigma_b^2) with chi = 1 at a fixed length q*:  sigma_w^2 = 1 / E phi'^2,  sigma_b^2 = q* - sigma_w^2 E phi^2.
+    """sigma_w^2 = 1 / E phi'^2,  sigma_b^2 = q* - sigma_w^2 E phi^2: chi = 1 at the fixed length q*.
 
     Each q* gives one, a line of them.  With ``b2`` the one of that bias variance and least q*.  Without, the one that a
     length near it stays at: (1 / phi'(0)^2, 0) where lengths do not grow at it (tanh, relu); else where dq'/dq is 1 too
@@ -351,7 +358,7 @@ def _roots(f: Callable[[float], float]) -> Iterable[float]:
     """q in 1e-6 ... 1e4 where f changes its sign, ascending, by halving."""
     grid = np.logspace(-6, 4, 101).tolist()
     values = [f(q) for q in grid]
-    for low, high, below, above in zip(grid, grid[1:], values, values[1:], strict=False):
+    for (low, below), (high, above) in pairwise(zip(grid, values, strict=True)):
         if (below < 0) == (above < 0):
             continue
         for _ in range(60):
@@ -392,21 +399,28 @@ class Theory:
     @property
     def gain(self) -> np.ndarray:
         """|g_z_l| / |g_z_{l+1}|; nan for the head."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return np.append(10.0 ** (self.decades[:-1] - self.decades[1:]), math.nan)
 
     @property
     def gain_per_layer(self) -> float:
         """Geometric mean of the gains between hidden layers; of a net with one or none, of all; nan without any."""
-        steps = max(len(self.decades) - 2, min(1, len(self.decades) - 1))
-        return float(10 ** ((self.decades[0] - self.decades[steps]) / steps)) if steps else math.nan
+        with np.errstate(invalid="ignore"):
+            return (
+                float(10 ** ((self.decades[0] - self.decades[self._steps]) / self._steps)) if self._steps else math.nan
+            )
+
+    @property
+    def _steps(self) -> int:
+        return max(len(self.decades) - 2, min(1, len(self.decades) - 1))
 
     @property
     def gain_band(self) -> float:
         """Standard deviation of ``gain_per_layer`` from the draw of the weights, at most."""
-        steps = max(len(self.decades) - 2, min(1, len(self.decades) - 1))
-        spread = math.sqrt(max(self.band[0] ** 2 - self.band[steps] ** 2, 0.0)) if steps else math.nan
-        return self.gain_per_layer * spread / (steps * math.log10(math.e)) if steps else math.nan
+        if not self._steps:
+            return math.nan
+        spread = math.sqrt(max(self.band[0] ** 2 - self.band[self._steps] ** 2, 0.0))
+        return self.gain_per_layer * spread / (self._steps * math.log10(math.e))
 
 
 def follow(plan: Plan) -> Theory:
@@ -432,22 +446,25 @@ def follow(plan: Plan) -> Theory:
         (0.4082, -0.778)
     """
     samples = [_follow_one(plan, x2) for x2 in plan.mean_squares]
-    up = samples[len(samples) // 2]  # the middle one stands for them all going up
-    down = np.array([g for _, g, _ in samples]).mean(0)  # |g_z|^2 over the samples, logits' 1
-    arriving = np.array([g for _, _, g in samples]).mean(0)  # |g_a|^2
-    hidden, fed, slopes, noise = up[0]
+    lengths, fed, slopes, noise, down, arriving = (np.mean(column, axis=0) for column in zip(*samples, strict=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         weight_factor = np.append(np.sqrt(arriving / down[1:]), math.nan)
         slope_factor = np.append(np.sqrt(down[:-1] / arriving), math.nan)
         decades = np.log10(down) / 2
     variance = np.append(np.cumsum(noise[::-1])[::-1], 0.0)
     return Theory(
-        hidden, fed, np.append(np.sqrt(slopes), math.nan), weight_factor, slope_factor, decades, LUCK * np.sqrt(variance)
+        lengths,
+        fed,
+        np.append(np.sqrt(slopes), math.nan),
+        weight_factor,
+        slope_factor,
+        decades,
+        LUCK * np.sqrt(variance),
     )
 
 
-def _follow_one(plan: Plan, x2: float) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]:
-    """((h (L,), E a^2 below (L,), E phi'^2 (L-1,), kappa / N (L-1,)), |g_z|^2 (L,), |g_a|^2 (L-1,))."""
+def _follow_one(plan: Plan, x2: float) -> tuple[np.ndarray, ...]:
+    """Of one mean x^2:  h (L,), E a^2 below (L,), E phi'^2, kappa / N (L-1,), |g_z|^2 (L,), |g_a|^2 (L-1,)."""
     depth = len(plan.weights)
     square, mean, variance = x2, 0.0, plan.variance  # of a
     h, fed, slopes, kappas, divisors, scales = (np.ones(depth) for _ in range(6))
@@ -476,7 +493,7 @@ def _follow_one(plan: Plan, x2: float) -> tuple[tuple[np.ndarray, ...], np.ndarr
             g_a[l] += g_a[l + 1]
             kappas[l + 1] *= (brought / g_a[l]) ** 2 if g_a[l] else 0.0
         g_z[l] = scales[l] ** 2 * slopes[l] / divisors[l] * g_a[l]
-    return (h, fed, slopes[: depth - 1], kappas[: depth - 1]), g_z, g_a
+    return h, fed, slopes[: depth - 1], kappas[: depth - 1], g_z, g_a
 
 
 def _at(rule: type[Activation], q: float) -> Moments:

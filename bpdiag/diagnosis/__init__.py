@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bpdiag.diagnosis import blocks
+from bpdiag.diagnosis.expected import expected_gain, surprise, with_band
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
 from bpdiag.diagnosis.harm import LUCK
@@ -30,10 +31,12 @@ __all__ = [
     "as_markdown",
     "dead_by_chance",
     "diagnose",
+    "expected_gain",
     "notes",
     "profile",
     "summarize",
     "verdict",
+    "with_band",
     "write",
 ]
 
@@ -84,6 +87,8 @@ def notes(trace: Trace) -> list[str]:
     told += _unseen(trace)
     if changed := _changed_gradients(trace):
         told.append(changed)
+    if beyond := surprise(trace):
+        told.append(beyond)
     finite = np.flatnonzero(profile(trace).finite)
     if finite.size and (sentence := blocks.in_words(trace, int(finite[-1]))):
         told.append(f"at step {trace.sampled_steps[finite[-1]]}, {sentence}")
@@ -160,6 +165,7 @@ def summarize(trace: Trace, findings: Sequence[Finding]) -> dict[str, Any]:
         "decades_first_layer": float(lowest),
         "planned_steps": p.planned,
         "findings": [{"kind": f.kind, "severity": f.severity, "cause": f.cause} for f in findings],
+        "predicted": trace.meta.get("predicted"),
         **moments,
     }
 
