@@ -257,7 +257,7 @@ def fixed_correlation(rule: type[Activation], q: float, w2: float, b2: float) ->
         >>> from bpdiag.rules import ACTIVATIONS
         >>> tanh = ACTIVATIONS["tanh"]
         >>> round(fixed_correlation(tanh, fixed_length(tanh, 2.5, 0.05), 2.5, 0.05), 4)
-        0.4472
+        0.4468
     """
     if w2 * moments(rule, q).slope <= 1 + 1e-9:
         return 1.0
@@ -442,58 +442,53 @@ def follow(plan: Plan) -> Theory:
     Example:
         >>> from bpdiag.rules import ACTIVATIONS
         >>> told = follow(Plan(ACTIVATIONS["relu"], [784, 128, 128, 10], [1 / 3] * 3, [0.0] * 3))
-        >>> round(told.gain_per_layer, 4), round(told.decades[0], 3)
+        >>> round(told.gain_per_layer, 4), round(float(told.decades[0]), 3)
         (0.4082, -0.778)
     """
     samples = [_follow_one(plan, x2) for x2 in plan.mean_squares]
-    lengths, fed, slopes, noise, down, arriving = (np.mean(column, axis=0) for column in zip(*samples, strict=True))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weight_factor = np.append(np.sqrt(arriving / down[1:]), math.nan)
-        slope_factor = np.append(np.sqrt(down[:-1] / arriving), math.nan)
-        decades = np.log10(down) / 2
-    variance = np.append(np.cumsum(noise[::-1])[::-1], 0.0)
-    return Theory(
-        lengths,
-        fed,
-        np.append(np.sqrt(slopes), math.nan),
-        weight_factor,
-        slope_factor,
-        decades,
-        LUCK * np.sqrt(variance),
-    )
+    *up, down, arriving = (np.array(column) for column in zip(*samples, strict=True))
+    lengths, fed, slopes, noise = (column.mean(0) for column in up)
+    with np.errstate(all="ignore"):
+        down, arriving = (np.logaddexp.reduce(column) - math.log(len(samples)) for column in (down, arriving))
+        weight_factor = np.append(np.exp((arriving - down[1:]) / 2), math.nan)
+        slope_factor = np.append(np.exp((down[:-1] - arriving) / 2), math.nan)
+    band = LUCK * np.sqrt(np.append(np.cumsum(noise[::-1])[::-1], 0.0))
+    slope = np.append(np.sqrt(slopes), math.nan)
+    return Theory(lengths, fed, slope, weight_factor, slope_factor, LUCK * down, band)
 
 
 def _follow_one(plan: Plan, x2: float) -> tuple[np.ndarray, ...]:
-    """Of one mean x^2:  h (L,), E a^2 below (L,), E phi'^2, kappa / N (L-1,), |g_z|^2 (L,), |g_a|^2 (L-1,)."""
+    """Of one mean x^2:  h (L,), E a^2 below (L,), E phi'^2, kappa / N (L-1,), ln |g_z|^2 (L,), ln |g_a|^2 (L-1,)."""
     depth = len(plan.weights)
     square, mean, variance = x2, 0.0, plan.variance  # of a
-    h, fed, slopes, kappas, divisors, scales = (np.ones(depth) for _ in range(6))
+    h, fed, factors = np.ones(depth), np.ones(depth), np.ones(depth)
+    slopes, noise = np.ones(depth - 1), np.ones(depth - 1)
     for l, (w2, b2) in enumerate(zip(plan.weights, plan.biases, strict=True)):  # noqa: E741
-        fed[l] = square
-        h[l] = w2 * square + b2
+        here = w2 * square + b2
+        h[l], fed[l] = here, square
         if l == depth - 1:
             break
-        normed = {"none": None, "layer": h[l], "batch": w2 * variance}[plan.normalization]
-        divisors[l] = 1.0 if normed is None else normed + NORM_EPS
-        q = h[l] if normed is None else normed / divisors[l]
-        m = _at(plan.rule, q)
-        slopes[l], kappas[l] = m.slope, m.kappa / plan.widths[l + 1]
+        normed = {"none": None, "layer": here, "batch": w2 * variance}[plan.normalization]
+        m = _at(plan.rule, here if normed is None else 1 / (1 + NORM_EPS / normed) if normed else 0.0)
+        slopes[l], noise[l] = m.slope, m.kappa / plan.widths[l + 1]
+        factors[l] = 1.0 if normed is None else 1 / (normed + NORM_EPS)
         if plan.branch is None or l == 0:
             square, mean, variance = m.square, m.mean, m.variance
         else:
-            scales[l] = plan.branch
+            factors[l] *= plan.branch**2
             square += plan.branch * (plan.branch * m.square + 2 * mean * m.mean)
             variance += plan.branch**2 * m.variance
             mean += plan.branch * m.mean
-    g_z, g_a = np.ones(depth), np.ones(max(depth - 1, 0))
-    for l in reversed(range(depth - 1)):  # noqa: E741
-        g_a[l] = plan.weights[l + 1] * g_z[l + 1]
-        if plan.branch is not None and l < depth - 2:  # what the skip over the block above brings
-            brought = g_a[l]
-            g_a[l] += g_a[l + 1]
-            kappas[l + 1] *= (brought / g_a[l]) ** 2 if g_a[l] else 0.0
-        g_z[l] = scales[l] ** 2 * slopes[l] / divisors[l] * g_a[l]
-    return h, fed, slopes[: depth - 1], kappas[: depth - 1], g_z, g_a
+    g_z, g_a = np.zeros(depth), np.zeros(depth - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights, passed = np.log(np.asarray(plan.weights)), np.log(factors[:-1] * slopes)
+        for l in reversed(range(depth - 1)):  # noqa: E741
+            g_a[l] = brought = weights[l + 1] + g_z[l + 1]
+            if plan.branch is not None and l < depth - 2:  # and what the skip over the block above brings
+                g_a[l] = np.logaddexp(brought, g_a[l + 1])
+                noise[l + 1] *= np.nan_to_num(np.exp(brought - g_a[l])) ** 2
+            g_z[l] = passed[l] + g_a[l]
+    return h, fed, slopes, noise, g_z, g_a
 
 
 def _at(rule: type[Activation], q: float) -> Moments:

@@ -92,7 +92,7 @@ def expect(config: Config, given: Source = DIGITS) -> dict[str, Any]:
     Example:
         >>> told = expect(Config(model=ModelConfig(activation="sigmoid", weight_variance="torch", depth=10)))
         >>> round(told["gain_per_layer"], 3), round(told["decades"][0], 1), told["verdict"]
-        (0.141, -7.9, 'dies')
+        (0.141, -7.7, 'dies')
     """
     planned = plan(config.model, given)
     theory = meanfield.follow(planned)
