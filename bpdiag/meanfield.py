@@ -395,6 +395,7 @@ class Theory:
     slope_factor: np.ndarray  # |g_z_l| / |g_a_l|; nan for the head
     decades: np.ndarray  # log(|g_z_l| / |g_z_L|)
     band: np.ndarray  # standard deviation of decades from the draw of the weights, at most
+    hidden_band: float  # the same of the decades between the lowest and the highest hidden layer
 
     @property
     def gain(self) -> np.ndarray:
@@ -405,22 +406,19 @@ class Theory:
     @property
     def gain_per_layer(self) -> float:
         """Geometric mean of the gains between hidden layers; of a net with one or none, of all; nan without any."""
+        if not self._steps:
+            return math.nan
         with np.errstate(invalid="ignore"):
-            return (
-                float(10 ** ((self.decades[0] - self.decades[self._steps]) / self._steps)) if self._steps else math.nan
-            )
+            return float(10 ** ((self.decades[0] - self.decades[self._steps]) / self._steps))
 
     @property
     def _steps(self) -> int:
-        return max(len(self.decades) - 2, min(1, len(self.decades) - 1))
+        return hidden_steps(len(self.decades))
 
     @property
     def gain_band(self) -> float:
         """Standard deviation of ``gain_per_layer`` from the draw of the weights, at most."""
-        if not self._steps:
-            return math.nan
-        spread = math.sqrt(max(self.band[0] ** 2 - self.band[self._steps] ** 2, 0.0))
-        return self.gain_per_layer * spread / (self._steps * math.log10(math.e))
+        return self.gain_per_layer * self.hidden_band / (self._steps * math.log10(math.e)) if self._steps else math.nan
 
 
 def follow(plan: Plan) -> Theory:
@@ -447,18 +445,30 @@ def follow(plan: Plan) -> Theory:
     """
     samples = [_follow_one(plan, x2) for x2 in plan.mean_squares]
     *up, down, arriving = (np.array(column) for column in zip(*samples, strict=True))
-    lengths, fed, slopes, noise = (column.mean(0) for column in up)
+    lengths, fed, slopes, noise, inherited = (column.mean(0) for column in up)
     with np.errstate(all="ignore"):
-        down, arriving = (np.logaddexp.reduce(column) - math.log(len(samples)) for column in (down, arriving))
+        count = np.logaddexp.reduce(np.zeros(len(samples)))
+        down, arriving = (np.logaddexp.reduce(column) - count for column in (down, arriving))
         weight_factor = np.append(np.exp((arriving - down[1:]) / 2), math.nan)
         slope_factor = np.append(np.exp((down[:-1] - arriving) / 2), math.nan)
-    band = LUCK * np.sqrt(np.append(np.cumsum(noise[::-1])[::-1], 0.0))
+    above = np.append(np.cumsum(inherited[::-1])[::-1], 0.0)
+    band = LUCK * np.sqrt(np.append(noise, 0.0) + np.append(above[1:], 0.0))
     slope = np.append(np.sqrt(slopes), math.nan)
-    return Theory(lengths, fed, slope, weight_factor, slope_factor, LUCK * down, band)
+    top = hidden_steps(len(down))
+    between = noise[:1].sum() + inherited[1:top].sum()
+    if plan.branch is not None:  # the highest one's own luck is not the lowest one's: the skips go round it
+        between += noise[top:].sum()
+    hidden_band = LUCK * math.sqrt(between)
+    return Theory(lengths, fed, slope, weight_factor, slope_factor, LUCK * down, band, hidden_band)
+
+
+def hidden_steps(depth: int) -> int:
+    """Steps between hidden layers; of a net with only one, the step above it."""
+    return max(depth - 2, min(1, depth - 1))
 
 
 def _follow_one(plan: Plan, x2: float) -> tuple[np.ndarray, ...]:
-    """Of one mean x^2:  h (L,), E a^2 below (L,), E phi'^2, kappa / N (L-1,), ln |g_z|^2 (L,), ln |g_a|^2 (L-1,)."""
+    """Of one mean x^2:  h, E a^2 below (L,); E phi'^2, kappa / N, its share below (L-1,); ln |g_z|^2, ln |g_a|^2."""
     depth = len(plan.weights)
     square, mean, variance = x2, 0.0, plan.variance  # of a
     h, fed, factors = np.ones(depth), np.ones(depth), np.ones(depth)
@@ -479,16 +489,16 @@ def _follow_one(plan: Plan, x2: float) -> tuple[np.ndarray, ...]:
             square += plan.branch * (plan.branch * m.square + 2 * mean * m.mean)
             variance += plan.branch**2 * m.variance
             mean += plan.branch * m.mean
-    g_z, g_a = np.zeros(depth), np.zeros(depth - 1)
+    g_z, g_a, inherited = np.zeros(depth), np.zeros(depth - 1), noise.copy()
     with np.errstate(divide="ignore", invalid="ignore"):
         weights, passed = np.log(np.asarray(plan.weights)), np.log(factors[:-1] * slopes)
         for l in reversed(range(depth - 1)):  # noqa: E741
             g_a[l] = brought = weights[l + 1] + g_z[l + 1]
             if plan.branch is not None and l < depth - 2:  # and what the skip over the block above brings
                 g_a[l] = np.logaddexp(brought, g_a[l + 1])
-                noise[l + 1] *= np.nan_to_num(np.exp(brought - g_a[l])) ** 2
+                inherited[l + 1] *= np.nan_to_num(np.exp(brought - g_a[l])) ** 2
             g_z[l] = passed[l] + g_a[l]
-    return h, fed, slopes, noise, g_z, g_a
+    return h, fed, slopes, noise, inherited, g_z, g_a
 
 
 def _at(rule: type[Activation], q: float) -> Moments:

@@ -256,14 +256,15 @@ def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple
         parents = (at - 1,) if at else ()
         layers.append(Layer(f"linear{l + 1}", 0, "linear", (batch, n_out), parents, fan_in=n_in, units=n_out, **on))
         rows.append(own)
+        scale = (planned.branch or 1.0) if block else 1.0  # of what comes back into the branch
         for name in names:
             acts: dict[str, Any] = {}
             row: dict[str, float] = {}
             if name == rule.name:
                 acts = {"activation": name, "largest_slope": rule.largest_slope, "r": rule.r}
-                row = {"slope_rms": float(theory.slope[l]), "g_a_norm": float(g_a[l])}
+                row = {"slope_rms": float(theory.slope[l]), "g_a_norm": scale * float(g_a[l])}
             elif name == norm:  # what stands between slope and norm
-                row = {"g_z_norm": float(g_a[l] * theory.slope[l] * ((planned.branch or 1.0) if block else 1.0))}
+                row = {"g_z_norm": scale * float(g_a[l] * theory.slope[l])}
             layers.append(Layer(f"{name}{l + 1}", 0, name, (batch, n_out), (len(layers) - 1,), **acts))
             rows.append(row)
     return layers, rows

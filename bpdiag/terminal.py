@@ -93,7 +93,8 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", no_wrap=True)
     table.add_column("decades", justify="right", no_wrap=True)
-    if band is not None:
+    banded = band is not None and width >= 50
+    if banded:
         table.add_column("±", justify="right", no_wrap=True)
     table.add_column(f"of the output's gradient (| 1/T, T = {p.planned})" if width >= 112 else "", no_wrap=True)
     for heading in shown:
@@ -110,7 +111,7 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
             value = _at(p.trace, column, at, [line, *layer.via] if whose == "activation" else [line])
             share = whose == "activation"
             told.append(percent(value) if share else _scientific(value) if heading == "update" else _number(value, 3))
-        off = [_number(band[row], 1)] if band is not None else []
+        off = [_number(band[row], 1)] if band is not None and banded else []
         table.add_row(
             escape(layer.title), _number(decades[row], 1), *off, _bar(decades[row], deepest, limit, bar), *told
         )
