@@ -40,18 +40,17 @@ _POINTS, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggaus
 # ---- averages over a Gaussian --------------------------------------------------------------------------------
 
 
-def _graded(length: float, finest: float) -> list[float]:
-    """Distances from a cut: panels as wide as ``finest`` beside it, growing to half their distance, 2 at most."""
-    at = [0.0]
-    while at[-1] < length:
-        at.append(min(length, at[-1] + min(2.0, max(finest, at[-1] / 2))))
-    return at
+def _graded(length: float, finest: float) -> np.ndarray:
+    """Distances from a cut, 0 to ``length``: panels ``finest`` wide, further away half their distance, 2 at most."""
+    near = 2 * finest * 1.5 ** np.arange(math.ceil(math.log(2 / finest, 1.5)) + 1)
+    at = np.concatenate([[0, finest], near, np.arange(near[-1] + 2, max(length, near[-1]), 2)])
+    return np.append(at[at < length], length)
 
 
-def _between(low: float, high: float, finest: float) -> list[float]:
+def _between(low: float, high: float, finest: float) -> np.ndarray:
     """Ends of panels from one cut to the next, without the first."""
     rise = _graded((high - low) / 2, finest)
-    return [low + d for d in rise[1:]] + [high - d for d in reversed(rise[:-1])]
+    return np.concatenate([low + rise[1:], high - rise[-2::-1]])
 
 
 def nodes(cuts: Iterable[float] = (), finest: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -75,11 +74,10 @@ def nodes(cuts: Iterable[float] = (), finest: float = 1.0) -> tuple[Tensor, Tens
     inner = sorted({c for c in cuts if -REACH < c < REACH})
     if not inner:
         inner = [0.0]
-    edges = [inner[0] - d for d in reversed(_graded(inner[0] + REACH, finest))]
-    for low, high in pairwise(inner):
-        edges += _between(low, high, finest)
-    edges += [inner[-1] + d for d in _graded(REACH - inner[-1], finest)[1:]]
-    ends = torch.tensor(edges, dtype=torch.float64)
+    parts = [(inner[0] - _graded(inner[0] + REACH, finest))[::-1]]
+    parts += [_between(low, high, finest) for low, high in pairwise(inner)]
+    parts.append(inner[-1] + _graded(REACH - inner[-1], finest)[1:])
+    ends = torch.from_numpy(np.concatenate(parts))
     half, middle = (ends[1:] - ends[:-1]) / 2, (ends[1:] + ends[:-1]) / 2
     x = (middle[:, None] + half[:, None] * _POINTS).flatten()
     w = (half[:, None] * _WEIGHTS).flatten()
@@ -224,8 +222,7 @@ def correlated(rule: type[Activation], q: float, c: float) -> tuple[float, float
     x, w = nodes([*corners.tolist(), *smoothed], min(scale, s / abs(c)) if c else scale)
     cuts = ((corners - c * x[:, None]) / s).clamp(-REACH, REACH).sort(dim=1).values  # (X, K)
     ends = torch.cat([torch.full_like(x[:, None], -REACH), cuts, torch.full_like(x[:, None], REACH)], 1)
-    share = torch.tensor([0.0, *_between(0, 2 * REACH, min(1.0, 1 / (s * math.sqrt(q))))], dtype=torch.float64)
-    share /= 2 * REACH
+    share = torch.from_numpy(np.append(0.0, _between(0, 2 * REACH, min(1.0, 1 / (s * math.sqrt(q)))))) / (2 * REACH)
     low, width = ends[:, :-1, None], (ends[:, 1:] - ends[:, :-1])[:, :, None]  # (X, K + 1, 1)
     half, middle = width * (share[1:] - share[:-1]) / 2, low + width * (share[1:] + share[:-1]) / 2
     y = middle[..., None] + half[..., None] * _POINTS  # (X, K + 1, panels, nodes)

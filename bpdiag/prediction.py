@@ -94,18 +94,24 @@ def expect(config: Config, given: Source = DIGITS) -> dict[str, Any]:
         >>> round(told["gain_per_layer"], 3), round(told["decades"][0], 1), told["verdict"]
         (0.141, -7.7, 'dies')
     """
+    return _expect(config, given)[0]
+
+
+def _expect(config: Config, given: Source) -> tuple[dict[str, Any], Trace]:
+    """What ``expect`` tells, and the trace it was judged by."""
     planned = plan(config.model, given)
     theory = meanfield.follow(planned)
-    findings = diagnosis.diagnose(as_trace(config, given, planned, theory))
-    return {
+    trace = as_trace(config, given, planned, theory)
+    told = {
         "gain_per_layer": theory.gain_per_layer,
         "within": SPREADS * theory.gain_band + OWN * theory.gain_per_layer,
         "decades": theory.decades.tolist(),
         "decades_band": theory.band.tolist(),
         "spreads": SPREADS,
-        "verdict": diagnosis.verdict(findings),
+        "verdict": diagnosis.verdict(diagnosis.diagnose(trace)),
         "caveat": caveat(planned),
     }
+    return told, trace
 
 
 def caveat(planned: Plan) -> str:
@@ -142,9 +148,9 @@ def predict(config: Config, given: Source | None = None) -> Trace:
         digits = config.data.name == "mnist"
         given = DIGITS if digits else source(data.load(config.data, "cpu", torch.float32))
     planned = plan(config.model, given)
-    trace = as_trace(config, given, planned, meanfield.follow(planned))
+    told, trace = _expect(config, given)
     trace.meta["predicted"] = {
-        **expect(config, given),
+        **told,
         "deepest": deepest(config, given),
         "looked_for": DEEPEST,
         "scales": _scales(planned),
@@ -230,6 +236,7 @@ def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple
     top = math.sqrt((given.classes - 1) / given.classes / batch)  # |g_z_L| of a guess, mean reduction
     with np.errstate(over="ignore"):
         g_z, g_a = top * 10.0**theory.decades, np.append(top * 10.0 ** theory.decades[1:], 0.0) * theory.weight_factor
+    gains = theory.gain
     layers: list[Layer] = []
     rows: list[dict[str, float]] = []
     for l in range(depth):  # noqa: E741
@@ -251,7 +258,7 @@ def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple
         on: dict[str, Any] = {}
         if straight:
             on = {"next": at + len(names) + 1, "via": tuple(range(at + 1, at + 1 + len(names)))}
-            own |= {"backward_gain": float(theory.gain[l]), "weight_factor": float(theory.weight_factor[l])}
+            own |= {"backward_gain": float(gains[l]), "weight_factor": float(theory.weight_factor[l])}
             own["slope_factor"] = float(theory.slope_factor[l])
         parents = (at - 1,) if at else ()
         layers.append(Layer(f"linear{l + 1}", 0, "linear", (batch, n_out), parents, fan_in=n_in, units=n_out, **on))
