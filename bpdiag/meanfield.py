@@ -429,7 +429,7 @@ def follow(plan: Plan) -> Theory:
     adds what its branch brings back: |g_a_{l-1}|^2 = (1 + beta^2) |g_a_l|^2.  g_z is that of W a + b, before a norm.
 
     Exact for wide layers, gradients independent of the signal, and samples alike in length (``mean_squares`` of several
-    quantiles removes the last).  In blocks without a norm of an activation that is positive on the average (relu),
+    quantiles removes the last).  In blocks without a norm of an activation that is not 0 on the average (relu),
     gradients come to share a direction with the signal after some ten blocks, and grow faster than told here.
 
     The band is .217 sqrt(sum of kappa / N) decades (Hanin & Nica 2018), less over a batch.

@@ -116,11 +116,11 @@ def _expect(config: Config, given: Source) -> tuple[dict[str, Any], Trace]:
 
 def caveat(planned: Plan) -> str:
     """Where the theory is known to say too little; empty where it holds."""
-    positive = meanfield.moments(planned.rule, 1.0).mean > 1e-3
-    if planned.branch is not None and planned.normalization == "none" and positive and len(planned.weights) > 8:
+    biased = abs(meanfield.moments(planned.rule, 1.0).mean) > 1e-3
+    if planned.branch is not None and planned.normalization == "none" and biased and len(planned.weights) > 8:
         return (
-            f"{planned.rule.name} adds numbers positive on the average, so that over more than a few blocks without a "
-            "norm gradients grow faster than told"
+            f"{planned.rule.name} adds numbers that are not 0 on the average, so that over more than a few blocks "
+            "without a norm gradients grow faster than told"
         )
     return ""
 
