@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -13,6 +13,9 @@ check: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv
+	$(BIN)/python benchmarks/watching.py
 
 # The stamp is written last: an interrupted install is begun anew.
 .venv: .venv/installed

@@ -20,11 +20,25 @@ _PUBLIC = {
     "Trace": "trace",
     "diagnose": "diagnosis",
     "load": "training",
+    "notes": "diagnosis",
     "predict": "prediction",
     "train": "training",
     "watch": "session",
 }
-__all__ = ["RULES", "Chain", "Config", "Finding", "Result", "Trace", "diagnose", "load", "predict", "train", "watch"]
+__all__ = [
+    "RULES",
+    "Chain",
+    "Config",
+    "Finding",
+    "Result",
+    "Trace",
+    "diagnose",
+    "load",
+    "notes",
+    "predict",
+    "train",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -408,6 +408,8 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
         if not several:
             if (Path(base.hydra.run.dir) / "trace").exists():  # Hydra would write its own files over the old ones
                 raise UsageError(f"{base.hydra.run.dir}: already holds a run; choose another hydra.run.dir")
+            if base.hydra.sweeper.get("params") and not any(o.key_or_group == "hydra.mode" for o in parsed):
+                raise UsageError("this experiment has a grid (hydra.sweeper.params) and no 'mode: MULTIRUN'; add -m")
             jobs = [fixed]
         elif base.hydra.sweeper._target_.endswith("BasicSweeper"):
             params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]

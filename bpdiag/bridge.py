@@ -47,6 +47,7 @@ class Product:
     terms: tuple[Term, ...]
     measured: float  # ‖dC/dW‖ as the optimizer met it
     samples: int  # rows that dC/dW sums over: samples, times positions where a layer has them
+    overlap: bool  # rows that read the same places, as a convolution's windows do: their agreement has no simple chance
     notes: tuple[str, ...]  # what of the terms' meaning does not hold here
 
     @property
@@ -83,6 +84,7 @@ def weight_gradient(trace: Trace, name: str | None, step: int | None = None) -> 
         terms=tuple(terms),
         measured=measured,
         samples=_samples(trace, row, at),
+        overlap="conv" in trace.layers[row].kind,
         notes=_notes(trace, row, at, terms[-1]),
     )
 
@@ -122,9 +124,8 @@ def render(product: Product) -> str:
 
 def _meanings(product: Product) -> list[str]:
     """What is measured and what is derived."""
-    alike = (
-        f", about 1/√{product.samples:,} = {_short(product.samples**-0.5)} in unrelated ones" if product.samples else ""
-    )
+    told = product.samples and not product.overlap
+    alike = f", about 1/√{product.samples:,} = {_short(product.samples**-0.5)} in unrelated ones" if told else ""
     return [
         "Measured, in l2 norms over the batch: every ‖dC/dz‖, the ‖a‖ that enters, ‖dC/dW‖. A gain is the ratio of "
         "two ‖dC/dz‖: what the weights above pass down, times what the activation (and all else between) lets through.",
@@ -183,7 +184,7 @@ def _row(trace: Trace, name: str | None) -> int:
     if row is None:
         raise UsageError(f"--layer {name}: no such layer; {nearest(name, weights)}")
     if not trace.layers[row].is_weight_layer:
-        raise UsageError(f"--layer {name}: {trace.layers[row].kind} has no weight; {nearest(name, weights)}")
+        raise UsageError(f"--layer {name}: {trace.layers[row].kind} has no weight matrix; {nearest(name, weights)}")
     return row
 
 

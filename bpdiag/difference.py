@@ -54,10 +54,11 @@ def compare(a: Trace, b: Trace) -> Difference:
     names_a, names_b = [x.key for x in a.layers], [x.key for x in b.layers]
     layers = ""
     if names_a != names_b:
-        one, other = sorted(set(names_a) - set(names_b)), sorted(set(names_b) - set(names_a))
+        one = [name for name in names_a if name not in names_b]
+        other = [name for name in names_b if name not in names_a]
         layers = f"{len(names_a)} layers against {len(names_b)}"
-        layers += f"; only in the first: {', '.join(one[:5])}" if one else ""
-        layers += f"; only in the second: {', '.join(other[:5])}" if other else ""
+        layers += f"; only in the first: {', '.join(one[:5])}{', ...' * (len(one) > 5)}" if one else ""
+        layers += f"; only in the second: {', '.join(other[:5])}{', ...' * (len(other) > 5)}" if other else ""
     common = np.intersect1d(a.sampled_steps, b.sampled_steps)
     partings = [p for p in (_first_number(a, b, common), _first_loss(a, b)) if p is not None]
     return Difference(asked, layers, min(partings, key=lambda p: p.step, default=None), len(common))

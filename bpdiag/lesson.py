@@ -17,7 +17,7 @@ from bpdiag.config import RANGES, UsageError, nearest
 
 MOST_LAYERS = MOST_STEPS = 1_000
 MOST_SWEPT = 100_000  # layers times steps
-AS_IN = ", as in bpdiag chain a0=1 w=2,3,0.5 y=2 steps=3"
+AS_IN = "; write it as in bpdiag chain a0=1 w=2,3,0.5 y=2 steps=3"
 
 HELP = f"""The chain rule with every factor named, on a chain of scalars.
 
@@ -66,7 +66,7 @@ def parse(words: Sequence[str]) -> Lesson:
         if not equals:
             raise UsageError(f"{_cut(word)}: not KEY=VALUE{AS_IN}")
         if key not in READERS:
-            raise UsageError(f"{_cut(key)}: unknown key; {nearest(key, READERS)}")
+            raise UsageError(f"{_cut(key) or repr(key)}: unknown key; {nearest(key, READERS)}")
         if key in given:
             raise UsageError(f"{key}: given twice")
         given[key] = READERS[key](key, text)
@@ -91,6 +91,8 @@ def _word(key: str, text: str) -> str:
 
 def _number(key: str, text: str) -> float:
     try:
+        if not text.isascii() or "_" in text:  # Python's own spellings of digits
+            raise ValueError(text)
         value = float(text)
     except ValueError:
         raise UsageError(f"{key}: {_cut(text)!r} is not a number{AS_IN}") from None

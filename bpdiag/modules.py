@@ -12,8 +12,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from bpdiag.rules import RULES, Activation
+from bpdiag.rules.arguments import wrong
 from bpdiag.rules.norm import running_statistics
 
 
@@ -43,18 +45,20 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """In training m and v of the batch, which the running ones follow; in evaluation the running ones."""
+    """In training m and v of the batch, which the running ones follow; in evaluation the running ones, if there are."""
+    module._check_input_dim(x)
     mean, var, seen = module.running_mean, module.running_var, module.num_batches_tracked
-    assert mean is not None
-    assert var is not None
-    assert seen is not None
     if not module.training:
         return RULES["batch_norm"].apply(x, module.weight, module.bias, mean, var, module.eps)
     y = RULES["batch_norm"].apply(x, module.weight, module.bias, eps=module.eps)
-    with torch.no_grad():
-        seen.add_(1)
-        for old, new in zip((mean, var), running_statistics(x, mean, var, module.momentum), strict=True):
-            old.copy_(new)
+    if module.training and module.track_running_stats and mean is not None:
+        assert var is not None
+        assert seen is not None
+        with torch.no_grad():
+            seen.add_(1)
+            batches = int(seen) if module.momentum is None else None
+            for old, new in zip((mean, var), running_statistics(x, mean, var, module.momentum, batches), strict=True):
+                old.copy_(new)
     return y
 
 
@@ -62,7 +66,7 @@ class BatchNorm1d(nn.BatchNorm1d):
     """y = gamma (x - m) / sqrt(v + eps) + beta by our rule, m and v of each feature over the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C) -> (B, C)."""
+        """(B, C) or (B, C, L) -> the same."""
         return _batch_norm(self, x)
 
 
@@ -75,12 +79,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """The largest of each window by our rule."""
+    """The largest of each window by our rule; where it stands (``return_indices``) the rule does not say."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H', W')."""
-        settings = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-        return RULES["max_pool"].apply(x, *settings)
+        """(B, C, H, W) or (C, H, W) -> (..., H', W')."""
+        if self.return_indices:
+            raise wrong("MaxPool2d", "return_indices", True, "False, or torch's own module")
+        settings = self.stride, self.padding, self.dilation, self.ceil_mode
+        return RULES["max_pool"].apply(x, _pair(self.kernel_size), *settings)  # a pair: two dimensions, whatever x has
 
 
 class Flatten(nn.Flatten):

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bpdiag import diagnosis
-from bpdiag.config import Config, Expectation, choose, flat
+from bpdiag.config import Config, Expectation, UsageError, choose, flat
 from bpdiag.diagnosis import Finding
 from bpdiag.diagnosis.finding import percent
 from bpdiag.trace import Trace, replace
 
 FLOWS = ("vanishing", "exploding")
+VERDICTS = ("lives", "weakened", "dies", "dies later", "blows up", "not finite")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Outcome:
     train_loss: float
     gain_per_layer: float  # of the hidden layers at the first step
     decades_first_layer: float  # at the last step
-    verdict: str  # lives, weakened, dies, dies later, blows up, not finite
+    verdict: str  # one of VERDICTS
     told: str  # the verdict in half a line
     kind: str  # of the first finding; empty without one
     cause: str
@@ -137,6 +138,24 @@ def require(expectations: Sequence[Expectation]) -> None:
             choose("expect.over", expectation.over, OVER)
         for pair in expectation.where.split():
             choose("expect.where", pair.partition("=")[0], columns)
+        numeric = expectation.over or expectation.within or expectation.what in _numeric()
+        if numeric and not _is_number(expectation.equals):
+            raise UsageError(f"expect.equals={expectation.equals!r}: {expectation.what} is a number")
+        if expectation.what == "verdict":
+            choose("expect.equals", expectation.equals, VERDICTS)
+
+
+def _numeric() -> list[str]:
+    """Columns that hold numbers."""
+    kept = [f.name for f in dataclasses.fields(Outcome) if str(f.type) in ("float", "int")]
+    return [*kept, *(key for key, value in flat(Config()).items() if type(value) in (int, float))]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _over(way: str, values: Sequence[Any]) -> float:

@@ -26,6 +26,9 @@ class Statistic:
 
 
 STATISTICS: dict[str, Statistic] = {}
+_WIDEST = {"mps": torch.float32}
+_AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SATURATED = 0.05  # of the largest slope: an element below it passes almost nothing back
 
 
 def statistic(of: str, degree: int) -> Callable[[F], F]:
@@ -41,6 +44,8 @@ def statistic(of: str, degree: int) -> Callable[[F], F]:
 def dense(x: Tensor) -> Tensor:
     """The numbers of any tensor: a sparse one's values, duplicates added; a complex one's moduli; floating point."""
     x = x.detach()
+    if x.dtype in _AS_THEY_ARE and x.layout is torch.strided:
+        return x
     if x.layout != torch.strided:
         x = x.coalesce().values() if x.layout == torch.sparse_coo else x.values()
     if x.is_complex():
@@ -50,7 +55,7 @@ def dense(x: Tensor) -> Tensor:
 
 def wide(device: torch.device) -> torch.dtype:
     """The widest dtype a device can reduce in: float64 but where there is none (Apple's)."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return _WIDEST.get(device.type, torch.float64)
 
 
 def mean(x: Tensor) -> Tensor:
@@ -83,11 +88,44 @@ def norm(x: Tensor) -> Tensor:
     """
     x = dense(x)
     if x.dtype == wide(x.device):
-        largest = x.abs().amax() if x.numel() else x.new_zeros(())
-        usable = torch.isfinite(largest) & (largest > 0)
-        scale = torch.where(usable, largest, 1.0)
-        return torch.linalg.vector_norm(x / scale) * scale
+        return lengths(x.reshape(1, -1))[0]
     return torch.linalg.vector_norm(x, dtype=wide(x.device))
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """r_i = ‖row i‖ of a matrix, at any size of its elements; their own norm is the norm of the matrix.
+
+    Args:
+        rows: (B, N), real.
+
+    Returns:
+        (B,) float64; a row's value at zero, nan and infinity is that of ``norm``.
+
+    Example:
+        >>> lengths(torch.tensor([[3.0, 4.0], [1e-30, 0.0]])).tolist()[0]
+        5.0
+    """
+    widest = wide(rows.device)
+    if rows.dtype != widest:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=widest)
+    if not rows.numel():
+        return rows.new_zeros(len(rows))
+    limits = torch.finfo(rows.dtype)
+    scale = rows.abs().amax(1, keepdim=True).clamp(limits.tiny, limits.max)  # squares must stay in the format
+    return torch.linalg.vector_norm(rows / scale, dim=1) * scale.squeeze(1)
+
+
+def by_sample(x: Tensor) -> Tensor:
+    """(B, N) numbers of any tensor, one row for each sample: its first dimension.
+
+    Example:
+        >>> by_sample(torch.ones(5, 2, 3)).shape, by_sample(torch.ones(5)).shape, by_sample(torch.ones(())).shape
+        (torch.Size([5, 6]), torch.Size([5, 1]), torch.Size([1, 1]))
+    """
+    x = dense(x)
+    if x.dim() == 2:
+        return x
+    return x.reshape(x.shape[0] if x.dim() and x.numel() else 1, -1)
 
 
 @statistic(of="any", degree=1)
@@ -130,25 +168,39 @@ def saturated_fraction(slope: Tensor, largest_slope: float | None = None) -> Ten
         largest = largest_slope
     elif size.numel():
         largest = size.amax()
-    return mean(size < 0.05 * largest)
+    return mean(size < SATURATED * largest)
 
 
-def alive_units(slope: Tensor, unit_dim: int) -> Tensor:
-    """(N,) bool: which units have a slope other than 0 for any sample (and position) of the batch.
+def passing(slope: Tensor, largest_slope: float) -> Tensor:
+    """1 where |slope| is 5 % of the largest or more, or nan, else 0: as floats, on a CPU far cheaper than bools.
 
-    One batch proves nothing: a unit is called dead when it is alive in none of several.
+    In float32 at least.
+
+    Example:
+        >>> passing(torch.tensor([0.0, -0.05, 0.049, torch.nan]), 1.0)
+        tensor([0., 1., 0., 1.])
+    """
+    slope = slope.float() if slope.element_size() < 4 else slope
+    limit = SATURATED * largest_slope * (1 - torch.finfo(slope.dtype).eps)  # what is above it passes
+    return torch.ops.aten.threshold_backward(slope.new_ones(()), slope.abs(), limit)
+
+
+def largest_of_units(slope: Tensor, unit_dim: int) -> Tensor:
+    """(N,) max |slope| over the batch, and positions: 0 where a unit passes nothing back for any sample.
+
+    One batch proves nothing: a unit is called dead when that holds for several.
 
     Args:
-        slope: phi'(z), with units along ``unit_dim``.
+        slope: phi'(z), with units along ``unit_dim``, of at least one element.
         unit_dim: 1 for (B, N) and (B, C, H, W), -1 for (B, T, N).
 
     Example:
-        >>> alive_units(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), 1)
-        tensor([False,  True])
+        >>> largest_of_units(torch.tensor([[0.0, 1.0], [0.0, -2.0]]), 1)
+        tensor([0., 2.])
     """
-    slope = dense(slope)
-    others = [d for d in range(slope.dim()) if d != unit_dim % slope.dim()]
-    return (slope != 0).any(dim=others) if others else slope != 0
+    size = dense(slope).abs()
+    others = [d for d in range(size.dim()) if d != unit_dim % size.dim()]
+    return size.amax(others) if others else size
 
 
 def histogram(x: Tensor, bins: int = 30) -> Tensor:
@@ -193,16 +245,24 @@ def mean_cosine(z: Tensor) -> Tensor:
         >>> round(mean_cosine(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).item(), 4)
         0.7071
     """
-    z = dense(z)
-    samples = z.shape[0] if z.dim() else 0
+    rows = by_sample(z)
+    samples = len(rows)
     if samples < 2:
         return torch.full((), float("nan"), dtype=wide(z.device), device=z.device)
-    rows = z.reshape(samples, -1)
-    rows = rows.float() if rows.element_size() < 4 else rows
-    rows = rows / rows.abs().amax(1, keepdim=True)  # else the squares of 1e30 or 1e-30 leave the number format
-    units = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    total = torch.linalg.vector_norm(units.sum(0), dtype=wide(z.device))
+    total = norm(sum_of_units(rows, lengths(rows)))
     return (total * total - samples) / (samples * (samples - 1))
+
+
+def sum_of_units(rows: Tensor, lengths: Tensor) -> Tensor:
+    """sum of row_i / r_i: (N,) for rows (B, N) and their lengths r (B,); in float32 at least.
+
+    Example:
+        >>> sum_of_units(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([3.0, 2.0]))
+        tensor([1., 1.])
+    """
+    rows = rows.float() if rows.element_size() < 4 else rows
+    # not a matrix product: autocast would round it
+    return (rows / lengths.to(rows.dtype).unsqueeze(1)).sum(0)
 
 
 @statistic(of="update", degree=1)

@@ -112,10 +112,15 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
             share = whose == "activation"
             told.append(percent(value) if share else _scientific(value) if heading == "update" else _number(value, 3))
         off = [_number(band[row], 1)] if band is not None and banded else []
-        table.add_row(
-            escape(layer.title), _number(decades[row], 1), *off, _bar(decades[row], deepest, limit, bar), *told
-        )
+        name, drawn = escape(_end_of(layer.title, width)), _bar(decades[row], deepest, limit, bar)
+        table.add_row(name, _number(decades[row], 1), *off, drawn, *told)
     return table
+
+
+def _end_of(name: str, width: int) -> str:
+    """A name short enough for its table; its end tells more."""
+    room = max(12, width // 5)
+    return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
 def _at(trace: Trace, column: str, at: int, lines: Sequence[int]) -> float:
@@ -190,7 +195,7 @@ def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None,
     out.print()
     out.print(findings_text(findings, summary["sentence"]))
     for note in diagnosis.notes(trace):
-        out.print(f"  note: {note}", style="dim")
+        out.print(Padding(Text(f"note: {note}", style="dim"), (0, 0, 0, 2)))
     if folder is not None:
         out.print()
         where_to_look(folder, out)

@@ -54,6 +54,7 @@ COLUMNS: dict[str, str] = {
     "W_rms": "rms of the layer's weight before the step",
     "g_W_norm": "l2 norm of dL/dW as the optimizer meets it",
     "g_W_raw_norm": "the same as the backward left it, before clipping; a known scaler's factor divided out",
+    "g_W_stale_norm": "l2 norm of what .grad held when the step's first backward came to it; 0 where it was cleared",
     "dW_rms": "rms of W after the step - W before it",
     "update_ratio": "dW_rms / W_rms",
     "forward_gain": "z_rms over that of the weight layer below (x_rms for the first)",
@@ -61,6 +62,8 @@ COLUMNS: dict[str, str] = {
     "weight_factor": "w = |g_a| / |g_z of the next weight layer|: what the next layer's weights do",
     "slope_factor": "s = |g_z| / |g_a|: what the activation does;  G = w s",
     "decades": "D = log10(|g_z| / |g_z of the last weight layer|)",
+    "nonfinite_sample": "index in the batch (first dimension) of the one sample whose numbers in this call are not "
+    "finite: of its input, else its output, else its cotangent; null where all are finite or no sample is alone in it",
 }
 
 

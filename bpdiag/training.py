@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from bpdiag import data, model, prediction
@@ -311,8 +312,8 @@ class Kept:
     names: tuple[str, ...]  # of the classes
 
     @torch.no_grad()
-    def classify(self, picture: str | os.PathLike[str]) -> int:
-        """The class of a picture of one digit: any format and size that Pillow reads.  ``names`` has its name.
+    def classify(self, picture: str | os.PathLike[str] | Image.Image) -> int:
+        """The class of a picture of one digit, a file or a picture of Pillow's.  ``names`` has the class's name.
 
         A digit is framed as the training digits were (``data.framed``), wherever it stands and whatever the paper; of
         the other data sets a picture is brought to the size and colours of theirs, a grey one with a light border
@@ -321,13 +322,8 @@ class Kept:
         Raises:
             UsageError: It is no picture, or an empty one.
         """
-        from PIL import Image, UnidentifiedImageError
-
         channels, height, width = self.shape
-        try:
-            read = Image.open(picture).convert("L" if channels == 1 else "RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise UsageError(f"{picture}: not a picture that can be read: {error}") from error
+        read = _opened(picture).convert("L" if channels == 1 else "RGB")
         if self.config.data.name in data.FRAMED:
             try:
                 pixels = data.framed(np.asarray(read) / 255)[None]
@@ -341,6 +337,22 @@ class Kept:
         weight = next(self.model.parameters())
         x = torch.from_numpy((pixels - self.mean) / self.std).reshape(1, -1).to(weight)
         return int(self.model(x).argmax())
+
+
+def _opened(picture: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """The picture without transparency: drawn on white or black paper, whichever its ink is further from."""
+    try:
+        read = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        read.load()
+    except (OSError, AttributeError, UnidentifiedImageError) as error:
+        raise UsageError(f"{picture}: not a picture that can be read: {error}") from error
+    if not read.has_transparency_data:
+        return read
+    read = read.convert("RGBA")
+    opaque = np.asarray(read)[..., 3:] > 127
+    ink = np.asarray(read)[..., :3][opaque[..., 0]]
+    paper = Image.new("RGBA", read.size, "white" if not ink.size or ink.mean() < 128 else "black")
+    return Image.alpha_composite(paper, read)
 
 
 def load(run: str | os.PathLike[str]) -> Kept:

@@ -52,6 +52,16 @@ def unsteady(rule):
     return twin(rule, "unsteady", vjp=lambda g, *kept, needs: rule.vjp(2 * g.detach() - g, *kept, needs=needs))
 
 
+def severed(rule):
+    """A cotangent that is asked for alone has lost its graph: of all at once, or beside the output, nobody sees it."""
+
+    def vjp(*args, needs):
+        grads = rule.vjp(*args, needs=needs)
+        return tuple([t if t is None or sum(needs) > 1 else t.detach() for t in grads])
+
+    return twin(rule, "severed", vjp)
+
+
 def eager(rule):
     """Computes what nobody asked for."""
     return twin(rule, "eager", vjp=lambda *args, needs: rule.vjp(*args))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bpdiag.rules import ACTIVATIONS, RULES, Rule
-from bpdiag.rules.activation import LeakyRelu, Tanh
+from bpdiag.rules.activation import LeakyRelu, Relu, Tanh
 
 
 def gradient(function, z):
@@ -51,6 +51,32 @@ def test_a_prelu_may_learn_one_slope_a_channel(shape):
         return out, *torch.autograd.grad(out, inputs, g)
 
     torch.testing.assert_close(told(RULES["prelu"].apply), told(torch.nn.functional.prelu), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_switch_is_what_has_no_slope_but_0_and_1(name):
+    rule = ACTIVATIONS[name]
+    z = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    kept = rule.forward(z) if rule.saves == "output" else z
+    slopes = set(rule.slope(kept).unique().tolist())
+    assert rule.is_switch == (slopes == {0.0, 1.0})
+
+
+def test_a_rule_derived_from_a_switch_with_a_slope_of_its_own_is_none():
+    class Leaking(Relu):
+        def vjp(g_a, a):
+            return torch.where(a > 0, g_a, 0.5 * g_a)
+
+    assert Relu.is_switch
+    assert not Leaking.is_switch
+    assert Leaking.slope(torch.tensor([-1.0, 2.0])).tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_relus_slope_in_one_pass_is_its_vjp_of_ones(dtype):
+    a = torch.tensor([-1.0, -0.0, 0.0, 1e-30, 3.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    assert Relu.slope(a).tolist() == Relu.vjp(torch.ones_like(a), a).tolist()
+    assert Relu.slope(a).dtype == dtype
 
 
 def test_softsigns_slope_at_the_infinities_is_its_limit():

@@ -212,6 +212,8 @@ def test_a_convolution_reads_its_input_several_times():
         assert closes(product)
         assert ("several times" in render(product)) == (name != "4")
     assert weight_gradient(trace, "2").samples == 4 * 16
+    assert "unrelated" not in render(weight_gradient(trace, "2"))  # windows overlap: no simple chance
+    assert "unrelated" in render(weight_gradient(trace, "4"))
 
 
 def test_a_way_that_forks_is_refused_by_name():
@@ -335,7 +337,7 @@ def test_the_last_finite_step_is_taken():
         (None, None, {}, "--layer NAME is missing; known: low, high"),
         ("hihg", None, {}, "--layer hihg: no such layer; known: low, high; did you mean 'high'"),
         ("", None, {}, "no such layer; known: low, high"),
-        ("act", None, {}, "--layer act: relu has no weight; known: low, high"),
+        ("act", None, {}, "--layer act: relu has no weight matrix; known: low, high"),
         ("low", 7, {}, "--step 7: not sampled; 3 steps were, 0 to 20; nearest: 0 and 10"),
         ("low", -1, {}, "nearest: 0 and 10"),
         ("low", 10**30, {}, "nearest: 10 and 20"),

@@ -127,7 +127,98 @@ def nan_from(first: int) -> Callable[[int], float]:
 
 VANISH, GROW = ("vanishing", "harm"), ("exploding", "harm")
 DEAD = {"dead": [0.0, 0.9, 0.0, 0.0], "slope": [HALF, 1e-3, HALF, HALF]}
+
+
+def noted(trace: Trace, **meta) -> Trace:
+    """A trace with more in its meta."""
+    trace.meta |= meta
+    return trace
+
+
+def path(*ops: str) -> list[dict]:
+    """Operations from an output of ten classes to a loss."""
+    return [{"op": "Output", "shape": [B, K]}, *({"op": op, "shape": [B, K]} for op in ops)]
+
+
+def stale(share: float) -> Callable[[int, str, dict], None]:
+    """From the second step on .grad holds so much already; the first finds none."""
+
+    def edit(step: int, name: str, row: dict) -> None:
+        if "g_W_norm" in row:
+            row.update(g_W_raw_norm=row["g_W_norm"], g_W_stale_norm=share * row["g_W_norm"] * (step > 0))
+
+    return edit
+
+
+def started(loss: float, z: float = 1.0, saturated: float = 0.0, weights: float = 1.0) -> Trace:
+    """A tanh net whose first loss, last preactivations, saturation and weights (over critical) are these."""
+
+    def edit(step: int, name: str, row: dict) -> None:
+        if step == 0 and name == "z5":
+            row["z_rms"] = z
+        if name.startswith("a"):
+            row["a_saturated_fraction"] = saturated if step == 0 else 0.1
+
+    course = lambda step: loss if step == 0 else learning(step)  # noqa: E731
+    return net(phi=("tanh", 1.0, 1.0), sig=weights, slope=1.0 / weights, loss=course, edit=edit)
+
+
+def decayed(decay: float) -> Trace:
+    """A net on a plateau under weight decay; |W| is 14 where |g_W| is 1."""
+    trace = net(loss=stuck)
+    trace.meta["optimizer"]["weight_decay"] = decay
+    return trace
+
+
+def plain(slope: float) -> Trace:
+    """Weight layers with nothing watched between them; what lies there multiplies by ``slope``."""
+    layers = [
+        Layer(f"z{n}", 0, "linear", (B, 10), (n - 1,) if n else (), n + 1 if n < 2 else None, fan_in=10, units=10)
+        for n in range(3)
+    ]
+    rows = [
+        (0, n, {"g_z_norm": 1.0, "weight_factor": 1.0, "slope_factor": slope, "backward_gain": slope}) for n in (0, 1)
+    ]
+    rows.append((0, 2, {"g_z_norm": 1.0}))
+    samples = [Sample(s, layers, rows, [(s, learning(s))], 0.1) for s in range(0, 200, 10)]
+    return Trace.build(layers, samples, {"planned_steps": 1000, "optimizer": {"sgd_like": True}})
+
+
+def residual(branch: float) -> Trace:
+    """Twenty blocks x + f(x), whose branches carry so much."""
+    layers, rows = [Layer("x0", 0, "linear", (B, 10), fan_in=10, units=10)], [(0, 0, {"g_z_norm": 1.0})]
+    for n in range(1, 21):
+        below = len(layers) - 1
+        layers += [
+            Layer(f"f{n}", 0, "linear", (B, 10), (below,), fan_in=10, units=10),
+            Layer(f"x{n}", 0, "sum", (B, 10), (below, below + 1)),
+        ]
+        rows.append((0, len(layers) - 2, {"g_z_norm": 1.0, "edge_gain": [branch], "decades": 0.0}))
+        rows.append((0, len(layers) - 1, {"g_z_norm": 1.0, "edge_gain": [1.0, 1.0]}))
+    samples = [Sample(s, layers, rows, [(s, learning(s))], 0.1) for s in range(0, 200, 10)]
+    return Trace.build(layers, samples, {"planned_steps": 300, "optimizer": {"sgd_like": True}})
+
+
+LEFT = {"what": "parameter", "name": "head.weight", "reason": "in no optimizer, so never updated"}
+STRANGER = {"what": "parameter", "name": "of shape (5, 8)", "reason": "in an optimizer, in no module of the model: ..."}
 CASES = {
+    "disconnected": (lambda: noted(net(), unseen=[LEFT, STRANGER]), lambda: noted(net(), unseen=[STRANGER])),
+    "loss_interface": (
+        lambda: noted(net(), loss_path=path("Softmax", "LogSoftmax", "NllLoss")),
+        lambda: noted(net(), loss_path=path("LogSoftmax", "NllLoss")),
+    ),
+    "stale_gradient": (lambda: net(edit=stale(0.9)), lambda: net(edit=stale(0.0))),
+    "update_too_small": (lambda: net(update=0.0), lambda: net(update=2e-5)),
+    "saturated": (lambda: started(5.0, saturated=0.8, weights=9.0), lambda: started(5.0, saturated=0.2, weights=9.0)),
+    "forward_scale": (lambda: started(9.0, z=20.0), lambda: started(9.0, z=2.0)),
+    "update_too_large": (lambda: net(update=0.2, loss=stuck), lambda: net(update=0.2)),
+    "over_regularized": (lambda: decayed(1.0), lambda: decayed(1e-4)),
+    "linear_stack": (lambda: plain(1.0), lambda: plain(0.9)),
+    "correlation_collapse": (
+        lambda: net(cosine=[0.5, 0.9, 0.99, 0.999, 0.5], loss=stuck),
+        lambda: net(cosine=[0.5, 0.9, 0.99, 0.99, 0.5], loss=stuck),
+    ),
+    "residual_mismatch": (lambda: residual(1.5), lambda: residual(0.5)),
     "non_finite": (lambda: net(edit=spoil(60, "z2", z_norm=INF)), lambda: net(edit=spoil(60, "z2", z_norm=1e30))),
     "dead_units": (lambda: net(**DEAD, planned=300), lambda: net(**DEAD | {"dead": 0.1, "slope": HALF}, planned=300)),
     "exploding": (lambda: by(3.2), lambda: by(2.8)),
@@ -182,6 +273,8 @@ def test_ledger_sums_to_the_gain(layout):
     np.testing.assert_allclose(sum(p.ledger.values())[:, :-1], np.log10(p.gain[:, :-1]), rtol=0, atol=1e-12)
     owned = {"weights": np.log10(np.array(parts["sig"]) * HALF), "slopes": np.log10(np.array(parts["slope"]) / HALF)}
     owned |= {"alignment": np.log10(np.multiply(parts["A"], parts["C"])), "other": np.log10(layout.get("between", 1))}
+    if "between" in layout:  # a normalization undoes the size of weights: the two are one owner
+        owned |= {"weights": np.zeros(4), "other": owned["other"] + owned["weights"]}
     for owner, decades in owned.items():
         np.testing.assert_allclose(p.ledger[owner][0], [*np.broadcast_to(decades, 4), NAN], atol=1e-12)  # none above
     np.testing.assert_allclose(p.decades[0, 0], np.log10(p.gain[0, :-1]).sum(), atol=1e-12)
@@ -204,7 +297,8 @@ LINES = {  # name: (trace, what is found)
     "travel under Adam": (lambda: by(-1.5, update=[9e-6] + [1e-3] * 4, adam=True), [VANISH]),
     "luck": (lambda: by(-0.9, update=[1e-9] + [1e-3] * 4), []),
     "beyond luck": (lambda: by(-1.1, update=[1e-9] + [1e-3] * 4), [VANISH]),
-    "no layer moves": (lambda: by(-1.5, update=1e-9), []),
+    "no layer moves": (lambda: by(-1.5, update=1e-9), [("update_too_small", "harm")]),
+    "no layer moves in a short run": (lambda: by(-1.5, update=1e-9, planned=50), []),
     "under a tenth of ln 10": (lambda: by(-5, loss=late), []),
     "under a tenth of the first loss": (lambda: by(-5, loss=lambda s: 15 if s == 0 else 1.1), []),
     "guessing after a wild start": (lambda: by(-5, loss=lambda s: 30 if s == 0 else 2.3), [VANISH]),
@@ -385,11 +479,32 @@ def test_bracket_by_one_of_both():
     assert "not sampled" not in (seen.cause + seen.sentence)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        (
+            {"x_rms": NAN, "z_norm": NAN, "nonfinite_sample": 17.0},
+            "in the input of z1, in sample 17 of the batch alone.",
+        ),
+        ({"z_norm": INF, "nonfinite_sample": 0.0}, "in the output of z1, in sample 0 of the batch alone."),
+        ({"z_norm": INF}, "in the output of z1."),
+        ({"z_norm": NAN, "W_rms": NAN, "nonfinite_sample": 3.0}, "in the weights of z1."),
+    ],
+)
+def test_the_sample_alone_in_it_is_named(numbers, told):
+    finding = only(net(edit=spoil(60, "z1", **numbers)))
+    assert finding.sentence == f"The numbers are not finite from step 60: first seen {told}"
+    assert finding.evidence.get("sample") == (numbers["nonfinite_sample"] if "sample" in told else None)
+
+
 BREAKS = {  # what broke: ({layer: numbers}, where)
     "input": ({"z1": {"x_rms": NAN, "z_norm": NAN}, "z2": {"z_norm": NAN}}, "z1#0"),
     "forward": ({"a2": {"a_norm": INF}, "z3": {"z_norm": INF}, "z5": {"g_z_norm": NAN}}, "a2#0"),
     "weights": ({"z2": {"W_rms": NAN, "z_norm": NAN}, "a2": {"a_norm": NAN}, "z4": {"z_norm": NAN}}, "z2#0"),
-    "backward": ({"z3": {"g_z_norm": INF}, "a2": {"g_a_norm": NAN}, "z1": {"g_z_norm": NAN}}, "z3#0"),
+    "backward": (
+        {"z3": {"g_z_norm": INF}, "a2": {"g_a_norm": NAN}, "z1": {"g_z_norm": NAN}},
+        "a3#0",
+    ),  # whose backward made it
 }
 
 

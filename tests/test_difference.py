@@ -70,7 +70,7 @@ def test_what_was_asked_and_other_layers_are_told():
 
 
 def test_every_measured_column_has_its_place():
-    derived = {"W_rms", "backward_gain", "weight_factor", "slope_factor", "decades"}
+    derived = {"W_rms", "backward_gain", "weight_factor", "slope_factor", "decades", "nonfinite_sample"}
     assert sorted(ORDER) == sorted(set(COLUMNS) - derived)
 
 

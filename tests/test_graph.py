@@ -198,6 +198,64 @@ def test_joins(name):
     assert blocks.joins_of(rows(*parents)) == expected
 
 
+def test_two_branches_are_not_told_as_one():
+    """Their norms do not tell the norm of their sum: aligned branches carry 1.37, opposed ones nothing."""
+
+    class Three(Residual):
+        def forward(self, x):
+            x = self.first(x)
+            return self.head(self.sum(x, self.inner(x) + self.outer(x)))
+
+    trace = one_step(Three())
+    assert set(edges(trace)) >= {("sum", "first"), ("inner", "first"), ("outer", "first")}
+    assert blocks.blocks(trace, 0) == []
+
+
+def test_a_weight_layer_that_reads_both_ways_is_no_sum():
+    class Dense(Residual):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(12, 2).double()
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.head(torch.cat([x, self.inner(x)], 1))
+
+    trace = one_step(Dense())
+    assert len(edges(trace)) == 3
+    assert blocks.blocks(trace, 0) == []
+
+
+def test_behind_a_norm_the_words_say_so():
+    class PostNorm(Residual):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(6).double()
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.head(self.norm(x + self.inner(x)))
+
+    words = blocks.in_words(one_step(PostNorm()), 0)
+    assert " of what arrives at norm, the branch " in words
+    assert "orthogonal" not in words
+
+
+def test_a_walk_that_is_given_up_says_so(monkeypatch):
+    monkeypatch.setattr("bpdiag.hooks.graph.MOST_NODES", 3)
+
+    class Long(Residual):
+        def forward(self, x):
+            x = self.first(x)
+            for _ in range(10):
+                x = x * 1.1
+            return self.head(x)
+
+    trace = one_step(Long())
+    told = {m.reason for m in trace.missing if (m.layer, m.column) == ("first", "backward_gain")}
+    assert told == {"too many operations between layers to follow the way up"}
+
+
 # ---- in words ---------------------------------------------------------------------------------------------
 
 
@@ -216,11 +274,13 @@ def typed(*branches, skip=1.0):
 
 
 def test_the_words():
-    one = "at x1 the skip carries 1.00 of what arrives at the sum, the branch 0.58: together 1.16 a block"
+    one = "the skip carries 1.00 of what arrives at the sum, the branch 0.58: 1.16 a block where they are orthogonal"
     assert blocks.in_words(typed(0.58), 0).startswith(one)
     three = "in 3 residual blocks the skip carries 1.00 of what arrives at the sum, the branch 0.58 (0.50 to 0.70)"
     assert blocks.in_words(typed(0.5, 0.58, 0.7), 0).startswith(three)
-    assert "the skip carries 0.30" in blocks.in_words(typed(0.58, skip=0.3), 0)
+    behind = "the skip carries 0.30 of what arrives at x1 (sum), the branch 0.58"
+    assert blocks.in_words(typed(0.58, skip=0.3), 0) == behind.replace("x1 (sum)", "x1")
+    assert "of what arrives at the sum behind the sum" in blocks.in_words(typed(0.5, 0.5, skip=0.3), 0)
 
 
 def test_a_chain_is_told_nothing_of_blocks():
@@ -236,7 +296,7 @@ def test_the_notes_of_a_run_tell_it():
     (told,) = [note for note in diagnosis.notes(trace) if "the skip carries 1.00" in note]
     (block,) = blocks.blocks(trace, 0)
     assert f"the branch {block.branch:.2f}" in told
-    assert told.startswith("at step 0, at sum the skip")
+    assert told.startswith("at step 0 the skip carries 1.00 of what arrives at the sum")
 
 
 def test_the_gain_of_a_residual_net_is_that_of_its_cotangents():

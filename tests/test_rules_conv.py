@@ -24,6 +24,7 @@ from rule_suite import (
     some,
     standard,
     torchs_second_gradients,
+    torchs_second_gradients_of_whatever_is_asked_for,
     torchs_values_and_gradients,
     vjp_alone_is_torchs_and_none_where_not_asked_for,
     vmap_equals_a_loop,
@@ -35,6 +36,7 @@ from rule_twins import (
     greedy,
     mutant,
     narrow_sums,
+    severed,
     sound,
     spoiled,
     twin,
@@ -124,6 +126,7 @@ OTHERS = {
 # ---- mutants and twins ----
 
 GROUPED = "at.groups, C // at.groups, *size).transpose"
+EMPTY = "*at.kernel) + x.sum() + g.sum()"
 G_X = "torch.convolution(g, W, None, at.stride, at.padding, at.dilation, False"
 MUTANTS = [
     spoiled(Conv, "g_W uphill", 1, lambda g_W: -g_W),
@@ -164,6 +167,11 @@ suite = standard(
     wrong=[MUTANTS[0], MUTANTS[1], MUTANTS[-1]],
     also={
         second_gradient: [unsteady(Conv), unsteady(ConvTranspose)],
+        torchs_second_gradients_of_whatever_is_asked_for: [
+            severed(Conv),
+            severed(ConvTranspose),
+            *[mutant(name, "of an empty batch no graph", EMPTY, "*at.kernel)") for name in CASES],
+        ],
         vjp_alone_is_torchs_and_none_where_not_asked_for: [eager(Conv), eager(ConvTranspose), MUTANTS[4]],
         keeps_no_more_than_torch: [greedy(Conv), greedy(ConvTranspose)],
         keeps_one_factor_for_the_other: [twin(Conv, "keeps both", keeps=keeps_both), greedy(ConvTranspose)],

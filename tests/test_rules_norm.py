@@ -18,6 +18,7 @@ from rule_suite import (
     refuses_by_name,
     second_gradient,
     standard,
+    torchs_second_gradients_of_whatever_is_asked_for,
     vjp_alone_is_torchs_and_none_where_not_asked_for,
 )
 from rule_twins import (
@@ -27,6 +28,7 @@ from rule_twins import (
     greedy,
     mutant,
     narrow_sums,
+    severed,
     sound,
     spoiled,
     twin,
@@ -226,6 +228,7 @@ suite = standard(
     wrong=MUTANTS[:6],
     also={
         second_gradient: [unsteady(rule) for rule in ALL],
+        torchs_second_gradients_of_whatever_is_asked_for: [*map(severed, ALL)],
         vjp_alone_is_torchs_and_none_where_not_asked_for: [eager(rule) for rule in ALL],
         keeps_no_more_than_torch: [greedy(rule) for rule in ALL],
         inputs_and_output_stay_apart: [viewing(rule) for rule in ALL],

@@ -1,16 +1,26 @@
 """What does not fit is refused by the rule: the error names the argument, what came and what was expected."""
 
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from rule_suite import draw
+from rule_suite import CAUGHT, draw
 
-from bpdiag.rules import RULES
+from bpdiag.rules import RULES, arguments
+from bpdiag.rules import norm as norm_file
+from bpdiag.rules import shape as shape_file
 from bpdiag.rules.norm import running_statistics
+from bpdiag.rules.shape import PAD_MODES
 
 X, X1 = draw((2, 4, 5, 6), (2, 4, 6))
 W, W1 = draw((6, 4, 2, 3), (6, 4, 3))
 ONES = torch.ones(4, dtype=torch.float64)
 MASK, INDEX = torch.ones(2, 4, 6, dtype=torch.bool), torch.tensor([[1, 0, 3], [3, 3, 1]])
+HALF_BUT_STATISTICS = (X1.half(), ONES.half(), ONES.half(), ONES.float(), ONES.float())
+NESTED = [[1] * 40] * 40
 LOGITS, CLASSES = draw((3, 5))[0], torch.tensor([0, 1, 4])
 
 
@@ -36,7 +46,19 @@ REFUSED = [
     ("cross_entropy", (LOGITS, CLASSES.double()), {}, TypeError, "y is .* torch.int64"),
     ("cross_entropy", (LOGITS, meta(CLASSES)), {}, ValueError, "y is .* on cpu, where z is"),
     ("cross_entropy", (LOGITS, CLASSES + 1), {}, IndexError, "y is out of range; expected classes from 0 to 4"),
+    ("cross_entropy", (LOGITS[:, :0], CLASSES), {}, ValueError, "z is .* of a class or more"),
     ("conv", (X1[:, :3], W1, None), {}, ValueError, "x is .* 4 channels"),
+    ("conv", (X1, W1, None), {"stride": True}, TypeError, "stride is True; expected a whole number"),
+    ("conv", (X1, W1, None), {"stride": np.True_}, TypeError, "stride is np.True_; expected a whole number"),
+    ("conv", (X1, W1, None), {"stride": X1}, TypeError, r"stride is a tensor \(2, 4, 6\) .* a whole number"),
+    ("conv", (X1, W1, None), {"stride": CLASSES[1]}, TypeError, r"stride is a tensor \(\) .* a whole number"),
+    (
+        "conv",
+        (X1, W1, None),
+        {"padding_mode": X1},
+        ValueError,
+        r"padding_mode is a tensor \(2, 4, 6\) .* one of",
+    ),
     ("conv", (X1, W1, None), {"stride": 0}, ValueError, "stride is 0; expected 1 or more"),
     ("conv", (X1, W1, None), {"stride": (1, 1)}, ValueError, r"stride is \(1, 1\); expected a whole number or 1"),
     ("conv", (X1, W1, None), {"dilation": 1.5}, TypeError, "dilation is 1.5; expected a whole number"),
@@ -58,11 +80,21 @@ REFUSED = [
     ("batch_norm", (X1, ONES[:3], None), {}, ValueError, "gamma is .* a number for each channel of x"),
     ("batch_norm", (X1, None, None, ONES), {}, TypeError, "var is None; expected a tensor as mean"),
     ("batch_norm", (X1, None, None, meta(ONES), ONES), {}, ValueError, "mean is .* on meta"),
-    ("batch_norm", (X1, None, None), {"eps": "a"}, TypeError, "eps is 'a'; expected a number"),
+    ("batch_norm", (X1, None, None), {"eps": "a"}, TypeError, "eps is 'a'; expected a finite number"),
+    ("batch_norm", (X1, None, None), {"eps": 0}, ValueError, "eps is 0; expected a finite number over 0"),
+    ("batch_norm", (X1, None, None), {"eps": math.nan}, ValueError, "eps is nan; expected a finite number over 0"),
+    ("batch_norm", (X1, None, None, ONES, ONES), {"eps": -1}, ValueError, "eps is -1; expected .* 0 or more"),
+    ("batch_norm", (X1, None, None, ONES, ONES), {"eps": math.inf}, ValueError, "eps is inf; .* finite number"),
+    ("batch_norm", (X1.half(), ONES.float(), ONES.half()), {}, TypeError, "beta is .*; expected torch.float32, as ga"),
+    ("batch_norm", HALF_BUT_STATISTICS, {}, TypeError, "mean is .* torch.float32 on cpu; expected torch.float16, as g"),
+    ("batch_norm", (X1.half(), None, None, ONES.half(), ONES.float()), {}, TypeError, "var is .*; .* as mean"),
     ("group_norm", (X1, None, None), {"num_groups": 3}, ValueError, "num_groups is 3; .* a divisor of the 4 channels"),
     ("group_norm", (X1, None, None, 1, "a"), {}, TypeError, "eps is 'a'"),
+    ("group_norm", (X1, None, None, 1, -1e-5), {}, ValueError, "eps is -1e-05; expected .* 0 or more"),
+    ("group_norm", (X1.half(), ONES.half(), ONES.float(), 1), {}, TypeError, "beta is .*; expected torch.float16"),
     ("group_norm", (X1[:1, :, :1], None, None, 4), {}, ValueError, "x is .* more than one number in a group"),
     ("instance_norm", (X1, None, None, "a"), {}, TypeError, "eps is 'a'"),
+    ("instance_norm", (X1, None, None, math.nan), {}, ValueError, "eps is nan; expected .* 0 or more"),
     ("instance_norm", (X1[:, :0], None, None), {}, ValueError, "x is .* a channel"),
     ("instance_norm", (X1[..., :1], None, None), {}, ValueError, "x is .* more than one place"),
     ("instance_norm", (X1[..., :0], None, None), {}, ValueError, "x is .* more than one place"),
@@ -70,7 +102,10 @@ REFUSED = [
     ("layer_norm", (X1, None, None), {}, TypeError, "normalized_shape is None"),
     ("layer_norm", (X1, None, None, 2.0), {}, TypeError, "normalized_shape is 2.0"),
     ("layer_norm", (X1, None, None, 6, "a"), {}, TypeError, "eps is 'a'"),
+    ("layer_norm", (X1, None, None, 6, -1), {}, ValueError, "eps is -1; expected .* 0 or more"),
+    ("layer_norm", (X1.half().mT, ONES.float(), ONES.half()), {}, TypeError, "beta is .*; .* torch.float32, as gamma"),
     ("rms_norm", (X1, None, 6, "a"), {}, TypeError, "eps is 'a'"),
+    ("rms_norm", (X1, None, 6, -1), {}, ValueError, "eps is -1; expected .* 0 or more"),
     ("rms_norm", (X1, None, 5), {}, ValueError, r"normalized_shape is \(5,\); expected the last sizes"),
     ("max_pool", (X[0, 0], 2), {}, ValueError, "x is .* batch, channels and 1 to 3 dimensions"),
     ("max_pool", (X, (2, 2, 2, 2)), {}, ValueError, r"kernel_size is \(2, 2, 2, 2\); expected 1 to 3"),
@@ -118,6 +153,9 @@ REFUSED = [
     ("concat", (0, X1, X1[:, :3]), {}, ValueError, "tensor 1 is .* the shape of tensor 0"),
     ("concat", (3, X1), {}, ValueError, "dim is 3; expected a dimension of tensor 0"),
     ("concat", (0, X1[0].float(), X1[0]), {}, TypeError, "tensor 1 is .* as tensor 0"),
+    ("concat", (0, [X1]), {}, TypeError, r"tensor 0 is \[a tensor \(2, 4, 6\) of torch.float64 on cpu\]; .* a tensor"),
+    ("concat", (X1, X1), {}, TypeError, "dim is a tensor .*; expected a whole number"),
+    ("linear", (NESTED, X, None), {}, TypeError, r"x is \[\[1, 1.*\.\.\.; expected a tensor"),
     ("flatten", (X1, 3), {}, ValueError, "start_dim is 3; expected a dimension of x"),
     ("flatten", (X1, 2, 1), {}, ValueError, "start_dim is 2; expected no dimension after end_dim 1"),
     ("pad", (X1, (6, 0)), {"mode": "reflect"}, ValueError, r"pad is \(6, 0\); expected at most 5 in mode reflect"),
@@ -125,22 +163,87 @@ REFUSED = [
     ("pad", (X1, 1), {}, TypeError, "pad is 1; expected a sequence"),
     ("pad", (X1, (1, 1)), {"mode": "mirror"}, ValueError, "mode is 'mirror'; expected one of constant"),
     ("pad", (X1, (-4, -4)), {}, ValueError, "pad is .* no more cropped"),
+    ("pad", (X1, (1, 1)), {"value": "a"}, TypeError, "value is 'a'; expected a number"),
+    *[
+        ("pad", (X1[..., :0], (1, 1)), {"mode": mode}, ValueError, f"x is .*; expected in mode {mode} a place or more")
+        for mode in PAD_MODES[1:]
+    ],
+    ("pad", (X1[:, :0], (1, 1)), {"mode": "reflect"}, ValueError, "x is .*; expected in mode reflect a place or more"),
     ("dropout", (X1, X1), {}, TypeError, "mask is .* torch.bool"),
     ("dropout", (X1, MASK[:1, :3]), {}, ValueError, "mask is .* a shape that broadcasts"),
     ("dropout", (X1, meta(MASK)), {}, ValueError, "mask is .* on cpu, where x is"),
     ("dropout", (X1, MASK, 1.5), {}, ValueError, "p is 1.5; expected a number from 0 to 1"),
     ("embedding", (INDEX + 9, W[0, :, 0]), {}, IndexError, "index is out of range; expected rows of W, 0 to 3"),
+    ("embedding", (INDEX, W[0, :0, 0]), {}, ValueError, "W is .*; expected a row or more"),
     ("embedding", (INDEX.double(), W[0, :, 0]), {}, TypeError, "index is .* torch.int64 or torch.int32"),
     ("embedding", (INDEX, ONES), {}, ValueError, r"W is .* shape \(V, D\)"),
     ("embedding", (INDEX, W[0, :, 0], 4), {}, ValueError, "padding_idx is 4; expected a row of W, 0 to 3"),
 ]
 
 
-@pytest.mark.parametrize(("name", "inputs", "settings", "kind", "words"), REFUSED)
-def test_what_does_not_fit_is_named(name, inputs, settings, kind, words):
+def refused(name, inputs, settings, kind, words):
     with pytest.raises(kind, match=rf"^{name}: ({words})") as caught:
         RULES[name].apply(*inputs, **settings)
     assert "\n" not in str(caught.value)
+    came = re.search(r" is (.*?); expected ", str(caught.value))[1]
+    assert len(came) <= 80
+
+
+@pytest.mark.parametrize(("name", "inputs", "settings", "kind", "words"), REFUSED)
+def test_what_does_not_fit_is_named(name, inputs, settings, kind, words):
+    refused(name, inputs, settings, kind, words)
+
+
+@pytest.mark.parametrize(
+    ("file", "guard", "instead", "names"),
+    [
+        (norm_file, "number", lambda *args: None, ("batch_norm", "group_norm", "layer_norm", "rms_norm")),
+        (norm_file, "floats", lambda *args, **named: None, ("batch_norm", "group_norm", "layer_norm")),
+        (shape_file, "number", lambda *args: None, ("pad", "dropout")),
+        (shape_file, "check_pads", lambda rule, argument, pad, *rest: pad, ("pad",)),
+        (arguments, "told", repr, ("concat", "conv", "linear")),
+        (arguments, "LONGEST", 10_000, ("linear",)),
+        (arguments, "operator", SimpleNamespace(index=int), ("conv", "max_pool", "layer_norm")),
+    ],
+)
+def test_a_guard_that_is_away_is_missed(file, guard, instead, names, monkeypatch):
+    """The twin of the table: of each of these rules an entry there fails without the guard."""
+    monkeypatch.setattr(file, guard, instead)
+    if guard == "told":
+        monkeypatch.setattr(shape_file, guard, instead)
+    if guard == "LONGEST":
+        monkeypatch.setattr(arguments._Brief, "maxlist", 10_000)
+
+    def missed(entry):
+        try:
+            refused(*entry)
+        except (*CAUGHT, RuntimeError, TypeError, ValueError):
+            return True
+        return False
+
+    assert {entry[0] for entry in REFUSED if missed(entry)} >= set(names)
+
+
+def test_another_error_of_a_gather_is_its_own(monkeypatch):
+    """What is no class out of range is not told to be one."""
+
+    def torn(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "gather", torn)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        RULES["cross_entropy"].apply(LOGITS, CLASSES)
+
+
+def test_a_class_out_of_range_is_named_under_vmap():
+    with pytest.raises(IndexError, match="cross_entropy: y is out of range; expected classes from 0 to 4"):
+        torch.vmap(RULES["cross_entropy"].apply)(LOGITS.expand(2, 3, 5), CLASSES.expand(2, 3) + 1)
+
+
+def test_a_mask_may_be_padded_with_true_and_none_is_torchs_nought():
+    assert RULES["pad"].apply(torch.zeros(1, dtype=torch.bool), (0, 1), value=True).tolist() == [False, True]
+    assert RULES["pad"].apply(torch.ones(1), (0, 1), value=None).tolist() == [1, 0]
+    assert RULES["pad"].apply(torch.ones(1), (0, 1), value=-math.inf).tolist() == [1, -math.inf]
 
 
 def test_every_rule_that_could_refuses_something():
@@ -161,6 +264,7 @@ def test_running_statistics_have_no_gradient(k, argument):
         ((None, 0), ValueError, "batches is 0; expected 1 or more"),
         ((None,), TypeError, "batches is None; expected their number"),
         (("a",), TypeError, "momentum is 'a'"),
+        ((math.nan,), ValueError, "momentum is nan; expected a finite number"),
     ],
 )
 def test_running_statistics_refuse(settings, kind, words):

@@ -339,6 +339,57 @@ def test_an_evaluation_without_grad_is_not_recorded():
     assert run(torch.no_grad, torch.inference_mode) == run()
 
 
+def grown(model):
+    model.append(nn.Linear(2, 3))
+
+
+def replaced(model):
+    model[2] = nn.Linear(5, 2)
+
+
+def new_weight(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+
+
+def thawed(model):
+    model[0].weight.requires_grad_()
+
+
+@pytest.mark.parametrize("change", [grown, replaced, new_weight, thawed])
+def test_a_model_changed_between_two_sampled_steps_is_watched_as_it_is(change):
+    """Hooks stand while every step is sampled; the oracle is a watch begun after the change."""
+
+    def run(begun_before):
+        model = mlp()
+        model[0].weight.requires_grad_(change is not thawed)
+        if not begun_before:
+            torch.manual_seed(7)
+            change(model)
+        with watch(model, planned_steps=9) as watching:
+            if begun_before:
+                train(model, watching, steps=1)
+                torch.manual_seed(7)
+                change(model)
+            train(model, watching, steps=2)  # a step is armed when the one before it ends: the second has seen it
+        count = hooks(model)
+        rows = watching.trace.to_arrow().to_pylist()
+        told = [{k: v for k, v in r.items() if k != "step"} for r in rows if r["step"] == rows[-1]["step"]]
+        return told, count, sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+    def train(model, watching, steps):
+        for _ in range(steps):
+            model.zero_grad()
+            model(data((6, 4))).square().mean().backward()
+            watching.step()
+
+    before, after = run(True), run(False)
+    columns = ("z_norm", "g_z_norm", "g_W_norm", "g_W_raw_norm", "W_rms", "a_norm", "slope_rms")
+    assert [[r["layer"], *(r[c] and pytest.approx(r[c], rel=1e-6) for c in columns)] for r in after[0]] == [
+        [r["layer"], *(r[c] for c in columns)] for r in before[0]
+    ]
+    assert before[1:] == after[1:] == (0, 0)
+
+
 # ---- the face ---------------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,14 @@ import torch
 from bpdiag.statistics import (
     STATISTICS,
     Statistic,
-    alive_units,
+    by_sample,
     dense,
     histogram,
+    largest_of_units,
+    lengths,
     mean_cosine,
     norm,
+    passing,
     rms,
     saturated_fraction,
     update_ratio,
@@ -238,14 +241,39 @@ def test_nan_slopes_are_not_saturated():
     ("shape", "unit_dim", "units"),
     [((5, 3), 1, 3), ((5, 3, 4, 4), 1, 3), ((5, 7, 3), -1, 3), ((5, 7, 3), 2, 3), ((3,), 0, 3), ((3,), -1, 3)],
 )
-def test_alive_units(shape, unit_dim, units):
+def test_largest_slope_of_units(shape, unit_dim, units):
     slope = torch.zeros(shape)
-    assert alive_units(slope, unit_dim).tolist() == [False] * units
+    assert largest_of_units(slope, unit_dim).tolist() == [0] * units
     unit = slope.select(unit_dim, 1)
     unit[(-1,) * unit.dim()] = -1e-30  # one sample, one position
-    alive = alive_units(slope.requires_grad_(), unit_dim)
-    assert alive.tolist() == [False, True, False]
-    assert alive.dtype == torch.bool
+    largest = largest_of_units(slope.requires_grad_(), unit_dim)
+    assert largest.tolist() == torch.tensor([0, 1e-30, 0]).tolist()
+    assert not largest.requires_grad
+
+
+@pytest.mark.parametrize("largest", [1.0, 0.25, 1.758])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_passing_is_the_rest_of_what_is_saturated(largest, dtype, rng):
+    limit = torch.tensor(0.05 * largest, dtype=dtype)
+    slope = torch.cat([torch.randn(999, generator=rng).to(dtype) * 0.1, limit[None], -limit[None], limit[None] * 0.9])
+    ones = passing(slope, largest)
+    assert ones.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert set(ones.tolist()) == {0.0, 1.0}
+    assert ones[-1] == 0
+    on_it = slope.element_size() >= 4 or limit.item() >= 0.05 * largest  # a narrow number is compared as it is
+    assert ones[-3:-1].tolist() == [on_it, on_it]
+    assert 1 - ones.double().mean().item() == pytest.approx(
+        saturated_fraction(slope, largest).item(), abs=2e-3 if slope.element_size() >= 4 else 1e-2
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+def test_lengths_are_the_norms_of_the_rows(dtype, size, rng):
+    x = (torch.randn(5, 3, 4, generator=rng, dtype=torch.float64) * size).to(dtype)
+    parts = lengths(by_sample(x))
+    assert parts.tolist() == pytest.approx([norm(row).item() for row in x], rel=1e-12)
+    assert norm(parts).item() == pytest.approx(norm(x).item(), rel=1e-12)
 
 
 # ---- cosine ------------------------------------------------------------------------------------------

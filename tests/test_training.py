@@ -223,6 +223,19 @@ def test_what_is_kept_classifies_pictures(tmp_path):
     assert right >= 17
 
 
+def test_a_transparent_picture_is_drawn_on_paper(tmp_path):
+    """Black ink on nothing, as drawing programs export it, is black ink on white; white ink is white on black."""
+    training.train(Config(training=TrainingConfig(steps=300)), tmp_path / "run")
+    kept = training.load(tmp_path / "run")
+    split, right = data.load(DataConfig()).test, 0
+    for i in range(20):
+        alpha = (split.x[i] * kept.std + kept.mean).mul(255).round().clamp(0, 255).byte().view(28, 28).numpy()
+        picture = Image.new("RGBA", (28, 28), (255, 255, 255, 0) if i % 2 else (0, 0, 0, 0))
+        picture.putalpha(Image.fromarray(alpha))
+        right += kept.classify(picture) == split.y[i]
+    assert right >= 17
+
+
 def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
     with pytest.raises(UsageError, match="absent: no such folder"):
         training.load(tmp_path / "absent")

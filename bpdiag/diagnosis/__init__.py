@@ -15,13 +15,18 @@ from typing import Any
 import numpy as np
 
 from bpdiag.diagnosis import blocks
+from bpdiag.diagnosis.beginning import forward_scale, saturated
 from bpdiag.diagnosis.expected import expected_gain, surprise, with_band
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
 from bpdiag.diagnosis.harm import LUCK
+from bpdiag.diagnosis.interface import loss_interface
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
+from bpdiag.diagnosis.structure import correlation_collapse, linear_stack, over_regularized, residual_mismatch
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
+from bpdiag.diagnosis.updates import stale_gradient, update_too_large, update_too_small
+from bpdiag.diagnosis.wiring import disconnected
 from bpdiag.trace import Trace, write_json
 
 __all__ = [
@@ -43,11 +48,37 @@ __all__ = [
 # kind: its generator; the order is the order of telling
 DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "non_finite": non_finite,
+    "disconnected": disconnected,
+    "loss_interface": loss_interface,
+    "stale_gradient": stale_gradient,
+    "update_too_small": update_too_small,
+    "saturated": saturated,
+    "forward_scale": forward_scale,
     "dead_units": dead_units,
+    "residual_mismatch": residual_mismatch,
     "exploding": exploding,
     "vanishing": vanishing,
+    "update_too_large": update_too_large,
+    "over_regularized": over_regularized,
+    "linear_stack": linear_stack,
+    "correlation_collapse": correlation_collapse,
 }
-VERDICTS = {"non_finite": "not finite", "dead_units": "dies", "exploding": "blows up", "vanishing": "dies"}
+VERDICTS = {"non_finite": "not finite", "exploding": "blows up"}  # every other harm: dies
+# one fault, one finding: where the first is found, the others are what it does
+CAUSES = {
+    "non_finite": ("forward_scale", "exploding", "update_too_large"),
+    "saturated": ("forward_scale",),
+    "stale_gradient": ("update_too_large",),
+    "dead_units": ("update_too_large", "correlation_collapse"),
+    "update_too_small": ("vanishing", "correlation_collapse"),
+    "residual_mismatch": ("exploding", "forward_scale"),
+    "exploding": ("forward_scale",),
+    "vanishing": ("correlation_collapse",),
+    "over_regularized": ("vanishing", "correlation_collapse"),
+    "loss_interface": ("correlation_collapse",),
+    "disconnected": ("correlation_collapse",),
+    "update_too_large": ("correlation_collapse",),
+}
 
 
 def diagnose(trace: Trace) -> list[Finding]:
@@ -65,8 +96,14 @@ def diagnose(trace: Trace) -> list[Finding]:
         raise ValueError("the trace has no sampled step: nothing was measured")
     p = profile(trace)
     found = [finding for detect in DIAGNOSES.values() for finding in detect(p)]
-    if any(f.kind == "dead_units" and f.severity == "harm" for f in found):  # one fault, one finding
-        found = [f for f in found if f.kind != "vanishing" or f.cause not in ("slopes", "alignment")]
+    harms = {f.kind for f in found if f.severity == "harm"}
+    explained = {effect for kind in harms for effect in CAUSES.get(kind, ())}
+    flat = harms & {"dead_units", "saturated"}
+    found = [
+        f
+        for f in found
+        if f.kind not in explained and not (flat and f.kind == "vanishing" and f.cause in ("slopes", "alignment"))
+    ]
     return sorted(found, key=lambda finding: finding.severity != "harm")
 
 
@@ -90,8 +127,14 @@ def notes(trace: Trace) -> list[str]:
     if beyond := surprise(trace):
         told.append(beyond)
     finite = np.flatnonzero(profile(trace).finite)
-    if finite.size and (sentence := blocks.in_words(trace, int(finite[-1]))):
-        told.append(f"at step {trace.sampled_steps[finite[-1]]}, {sentence}")
+    skipped = trace.steps_table["skipped"].to_pylist()
+    if count := sum(map(bool, skipped)):
+        told.append(f"the gradient scaler skipped {count} of {trace.steps_table.num_rows} steps")
+    for at in dict.fromkeys([*finite[:1], *finite[-1:]]):  # the theory is of the first
+        if sentence := blocks.in_words(trace, int(at)):
+            told.append(f"at step {trace.sampled_steps[at]} {sentence}")
+    if apart := {m.layer for m in trace.missing if m.column == "edge_gain"}:
+        told.append(f"{len(apart)} layers read where others read too, each over a way that could not be told apart")
     return told
 
 
@@ -116,7 +159,9 @@ def _changed_gradients(trace: Trace) -> str:
             if math.isclose(share, 1, rel_tol=1e-6):
                 return ""
             averaged = trace.meta.get("processes", 1) > 1
-            why = "averaging over processes" if averaged else "clipping, or a scaler that watch was not given"
+            scaled = bool(trace.meta.get("scaler"))
+            why = "clipping" if scaled else "clipping, or a scaler that watch was not given"
+            why = "averaging over processes" if averaged else why
             step = trace.sampled_steps[at]
             return f"between backward and step gradients changed, at step {step} to {share:.2g} of their norm ({why})"
     return ""
@@ -127,7 +172,7 @@ def verdict(findings: Sequence[Finding]) -> str:
     harms = [finding for finding in findings if finding.severity == "harm"]
     if not harms:
         return "weakened" if findings else "lives"
-    word = VERDICTS[harms[0].kind]
+    word = VERDICTS.get(harms[0].kind, "dies")
     return "dies later" if word == "dies" and harms[0].onset_step > 0 else word
 
 

@@ -52,6 +52,9 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
     severity, quote, onset, confidence = told
     where = np.flatnonzero(harmed[quote].mean(0) >= 0.5)
     where = where if where.size else np.flatnonzero(harmed[quote].any(0))
+    where = where[sign * np.median(p.decades[quote][:, where], axis=0) > 0]
+    if not where.size:
+        return  # over all samples quoted it is not so
     lowest, limit = int(where[0]), math.log10(p.planned)
     decades = float(np.median(p.decades[quote, lowest]))
     cause, evidence = _cause(p, quote, lowest, sign)
@@ -142,7 +145,9 @@ def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) 
     decades = evidence["decades"]
     # another activation comes with its own critical weights: both go
     mended = {"weights": ("weights",), "slopes": ("weights", "slopes")}.get(cause, tuple(OWNERS))
-    after = decades - sum(evidence[f"decades_{owner}"] for owner in mended)
+    after = sign * max(sign * (decades - sum(evidence[f"decades_{owner}"] for owner in mended)), 0.0)
+    normalized = any("norm" in layer.kind for layer in p.trace.layers)
+    summed = any(len(layer.parents) > 1 for layer in p.trace.layers)
     goal = f"decades of the lowest layer from {real(decades)} to about {real(after)}"
     if not math.isfinite(after):
         goal = "a gradient in every layer: decades of the lowest layer to about 0"
@@ -157,14 +162,20 @@ def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) 
     if cause == "slopes":
         words = "take an activation whose slope is 1 where it passes, with its critical weights"
         keys = " (model.activation=relu model.weight_variance=he)" if ours else ""
-        return f"{words}{keys}, or normalize the preactivations", goal
+        return f"{words}{keys}" + ("" if normalized else ", or normalize the preactivations"), goal
     if cause == "alignment":
-        return "normalize the preactivations, or initialize orthogonally", goal
+        return "initialize orthogonally" + ("" if normalized else ", or normalize the preactivations"), goal
+    if summed:  # it has residual connections, or branches of another kind
+        return (
+            "scale each residual branch by 1/sqrt(number of blocks), or normalize at its beginning",
+            "total gain between 1 and 1.65",
+        )
     if cause == "normalization":
         return "add residual connections around the normalized layers", "decades of the lowest layer to about 0"
     gain = 10 ** (decades / max(len(p.lines) - 1, 1))
     deep = math.log10(p.planned) / max(abs(math.log10(gain)), 1e-9) if gain > 0 and math.isfinite(gain) else math.nan
+    carries = f"; without them this chain carries {deep:.0f} layers over {p.planned:,} steps" if deep == deep else ""
     return (
         "add residual connections, each branch divided by sqrt(number of blocks)",
-        f"total gain between 1 and 1.65; without them this chain carries {deep:.0f} layers over {p.planned:,} steps",
+        f"total gain between 1 and 1.65{carries}",
     )

@@ -54,14 +54,13 @@ class Profile:
         return tuple(self.trace.layers[self.lines[i]].key for i in where)
 
     def hidden_gain(self, at: int) -> float:
-        """Geometric mean of G over the steps between hidden layers at sample ``at``; nan if there is none.
+        """The root of |g_z_1| / |g_z of the last hidden layer| at sample ``at``: the geometric mean of a chain's gains.
 
-        Where every way up forks, as in a residual net, it is that of the cotangents themselves: the root of
-        |g_z_1| / |g_z of the last hidden layer|, to which the product of a chain's gains comes too.
+        Where one of the two is not known, the mean of the gains that are; nan if there is none.
         """
         hidden = len(self.lines) - 2
         gains = self.gain[at, : max(hidden, 1)]
-        if hidden > 0 and np.isnan(gains).all() and np.isfinite(self.decades[at, [0, hidden]]).all():
+        if hidden > 0 and np.isfinite(self.decades[at, [0, hidden]]).all():
             return float(10 ** ((self.decades[at, 0] - self.decades[at, hidden]) / hidden))
         gains = gains[np.isfinite(gains) & (gains > 0)]
         return float(10 ** np.log10(gains).mean()) if gains.size else math.nan
@@ -124,10 +123,13 @@ def _ledger(trace: Trace, lines: list[int], gain: np.ndarray) -> dict[str, np.nd
             own = 0.0 * passed
         measured = bool(carriers) and all(trace.column("slope_rms")[1][:, j].any() for j in carriers)
         size = sum(log("slope_rms", j) for j in carriers) if measured else own
-        out["weights"][:, at] = sig + math.log10(r)
+        weights, other = sig + math.log10(r), passed - own
+        if any("norm" in trace.layers[j].kind for j in layer.via):  # it undoes what the size of the weights does
+            weights, other = 0 * weights, other + weights
+        out["weights"][:, at] = weights
         out["slopes"][:, at] = size - math.log10(r)
         out["alignment"][:, at] = log("weight_factor", i) - sig + own - size
-        out["other"][:, at] = passed - own
+        out["other"][:, at] = other
         # nobody took what the number format could not hold
         gone = (gain[:, at] == 0) & (trace.column("g_z_norm")[0][:, layer.next] < SMALLEST)
         for owner in out.values():

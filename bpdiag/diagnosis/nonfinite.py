@@ -11,6 +11,8 @@ from bpdiag.diagnosis.finding import Finding
 from bpdiag.diagnosis.ledger import Profile
 from bpdiag.trace import Trace
 
+GROWN = 2.0  # forward gain a layer; at the critical weights it is 1
+
 
 def non_finite(p: Profile) -> Iterator[Finding]:
     """The first step with a nan or an infinity, bracketed, and the first call in it."""
@@ -30,11 +32,17 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     if len(bad_samples):
         at = int(np.searchsorted(p.steps, bad_samples[0]))
         evidence["sampled_step"] = float(bad_samples[0])
-        index, cause = _first_bad_call(trace, at)
+        index, cause, makers = _first_bad_call(trace, at)
         if index is not None:
-            layers = (trace.layers[index].key,)
-            where = f"{_PLACES[cause]} {trace.layers[index].title}"
-            where += f" at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
+            layers = tuple(trace.layers[i].key for i in makers)
+            names = " or ".join(trace.layers[i].title for i in makers)
+            below = trace.layers[index].title
+            where = f"in what {names} sends back to {below}" if makers != [index] else f"{_PLACES[cause]} {names}"
+            sample = trace.value("nonfinite_sample", index, at)
+            if sample is not None and cause != "weights":
+                evidence["sample"] = sample
+                where += f", in sample {sample:.0f} of the batch alone"
+            where += f", at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
         if at:
             ratio = trace.column("update_ratio")[0][at - 1]
             reach = ratio * np.sqrt([float(layer.fan_in or 0) for layer in trace.layers])
@@ -46,9 +54,10 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     rate = trace.meta.get("optimizer", {}).get("lr", math.nan)
     evidence["learning_rate"] = float(rate)
     grown = evidence.get("forward_gain", 1.0)
+    explodes = cause in ("forward", "weights") and grown > GROWN
     if cause == "input":
         remedy, expected = "repair or drop the samples that are not finite", "every number finite"
-    elif cause in ("forward", "weights") and grown > 2:
+    elif explodes:
         remedy = "initialize at the critical weight variance, 2/fan_in for relu, 1/fan_in for tanh"
         expected = f"forward gain per layer from {grown:.2g} to 1"
     else:
@@ -61,14 +70,15 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         severity="harm",
         layers=layers,
         onset_step=first,
-        cause=cause,
+        cause=f"exploding {cause}" if explodes else cause,
         evidence=evidence,
         confidence=1.0,
         remedy=remedy,
         expected=expected,
         source="ours",
         sentence=f"The numbers are not finite from step {first}: first seen {where}.",
-        why=f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.",
+        why=(f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.")
+        + (f" Each layer multiplies what passes by {grown:.2g}." if explodes else ""),
     )
 
 
@@ -80,8 +90,11 @@ _PLACES = {
 }
 
 
-def _first_bad_call(trace: Trace, at: int) -> tuple[int | None, str]:
-    """The first call with finite inputs and a non-finite output, forward before backward; and what broke."""
+def _first_bad_call(trace: Trace, at: int) -> tuple[int | None, str, list[int]]:
+    """The first call with finite inputs and a non-finite output, forward before backward; what broke; who made it.
+
+    A cotangent is made by the backward of those who read that output: theirs came in finite.
+    """
 
     def bad(name: str) -> np.ndarray:
         """(lines,) bool: measured in this sample and not finite."""
@@ -91,9 +104,9 @@ def _first_bad_call(trace: Trace, at: int) -> tuple[int | None, str]:
     out, weights, data = bad("z_norm") | bad("a_norm"), bad("W_rms"), bad("x_rms")
     for i, layer in enumerate(trace.layers):
         if data[i] and not layer.parents:
-            return i, "input"
+            return i, "input", [i]
         if out[i] and not any(out[j] for j in layer.parents):
-            return i, "weights" if weights[i] else "forward"
+            return i, "weights" if weights[i] else "forward", [i]
     back = bad("g_z_norm") | bad("g_a_norm")
     readers: dict[int, list[int]] = {}
     for i, layer in enumerate(trace.layers):
@@ -101,6 +114,6 @@ def _first_bad_call(trace: Trace, at: int) -> tuple[int | None, str]:
             readers.setdefault(j, []).append(i)
     for i in reversed(range(len(trace.layers))):
         if back[i] and not any(back[j] for j in readers.get(i, [])):
-            return i, "backward"
+            return i, "backward", readers.get(i) or [i]
     last = np.flatnonzero(bad("g_W_norm") | weights)
-    return (int(last[-1]), "backward") if last.size else (None, "loss")
+    return (int(last[-1]), "backward", [int(last[-1])]) if last.size else (None, "loss", [])

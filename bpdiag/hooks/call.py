@@ -18,15 +18,39 @@ SHAPE_NODES = (
     "View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Alias",
 )  # fmt: skip
 NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+BY_MODULE = {  # torch's class -> the activations that it computes, with one setting or another
+    rule.oracle: [other for other in ACTIVATIONS.values() if other.oracle is rule.oracle]
+    for rule in ACTIVATIONS.values()
+}
 MIXING = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)  # not elementwise
+
+
+@dataclasses.dataclass(eq=False)
+class Facts:
+    """What all calls of a module have in common."""
+
+    module: nn.Module
+    name: str
+
+    def __post_init__(self) -> None:
+        module = self.module
+        self.rule = rule_of(module)
+        self.tensor = "a" if self.rule or is_activation(module) else "z"
+        self.kind = self.rule.name if self.rule else type(module).__name__.removeprefix("FSDP").lower()
+        self.r = self.rule.r if self.rule else next((rule.r for rule in BY_MODULE.get(type(module), ())), None)
+        self.fan_in = fan_in(module)
+        self.childless = is_childless(module)
+
+    def hold(self) -> bool:
+        """Whether the module still computes the same function: a setting may have been changed."""
+        return rule_of(self.module) is self.rule
 
 
 @dataclasses.dataclass(eq=False)
 class Call:
     """One call of one module in the step being measured."""
 
-    module: nn.Module
-    name: str
+    facts: dataclasses.InitVar[Facts]
     number: int  # which call of this module in its forward pass
     backward: int  # which forward pass of the step
     shape: tuple[int, ...]
@@ -34,27 +58,24 @@ class Call:
     parents: tuple[Call, ...]
     order: int  # of execution, in its forward pass
     within: Any = None  # the reentrant checkpoint whose recomputation it is
+    given_up: bool = False  # the walk down the graph: what it was computed from is not all known
     through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
-    rule: type[Activation] | None = None  # whose slope this row carries
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
+    samples: int = 0  # whose pairs the mean cosine is of
     events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
     # what this call sends to one that others read too; None: several backwards, or none, went that way
     edges: dict[Call, Tensor | float | None] = dataclasses.field(default_factory=dict)
     edge_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # that against its own cotangent
 
-    def __post_init__(self) -> None:
-        self.rule = rule_of(self.module)
-        self.tensor = "a" if self.rule or is_activation(self.module) else "z"
-        self.kind = self.rule.name if self.rule else type(self.module).__name__.removeprefix("FSDP").lower()
-        self.r = (
-            self.rule.r
-            if self.rule
-            else next((r.r for r in ACTIVATIONS.values() if type(self.module) is r.oracle), None)
-        )
-        self.fan_in = fan_in(self.module)
+    def __post_init__(self, facts: Facts) -> None:
+        self.module, self.name, self.kind = facts.module, facts.name, facts.kind
+        self.tensor, self.g = facts.tensor, f"g_{facts.tensor}"  # what it gives out, and the cotangent of that
+        self.fan_in = facts.fan_in
+        self.rule, self.r = facts.rule, facts.r  # whose slope this row carries; of a layer, a function's may be added
         self.axis = self._axis()
+        self.key = facts.name, self.number  # what names its line in the layer table
 
     def _axis(self) -> int:
         """Where the units lie, from the end: channels stand before the positions a convolution counts."""
@@ -77,11 +98,6 @@ class Call:
         """N_out, or channels, of a weight layer."""
         return self.shape[self.axis] if self.fan_in is not None and len(self.shape) >= -self.axis else None
 
-    @property
-    def key(self) -> tuple[str, int]:
-        """What names its line in the layer table."""
-        return self.name, self.number
-
 
 def leaves(tree: Any) -> Iterator[Tensor]:
     """The tensors of a nested output: tensor, mapping, list, tuple, dataclass."""
@@ -100,15 +116,22 @@ def leaves(tree: Any) -> Iterator[Tensor]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether it computes something itself: it has no children, or parameters of its own."""
-    return not any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+    return is_childless(module) or any(p is not None for p in module._parameters.values())
+
+
+def is_childless(module: nn.Module) -> bool:
+    """Whether no module stands in it."""
+    return all(child is None for child in module._modules.values())
 
 
 def rule_of(module: nn.Module) -> type[Activation] | None:
     """The activation a module computes: our own say so, torch's are recognized."""
-    rule = getattr(module, "rule", None)
-    if isinstance(rule, type) and issubclass(rule, Activation):
-        return rule
-    return next((r for r in ACTIVATIONS.values() if r.is_done_by(module)), None)
+    kind = type(module)
+    if "rule" in module.__dict__ or hasattr(kind, "rule"):
+        rule = module.rule
+        if isinstance(rule, type) and issubclass(rule, Activation):
+            return rule
+    return next((rule for rule in BY_MODULE.get(kind, ()) if rule.is_done_by(module)), None)
 
 
 def is_activation(module: nn.Module) -> bool:

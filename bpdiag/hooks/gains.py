@@ -27,7 +27,8 @@ def derive(calls: Sequence[Call], given: Collection[Call]) -> tuple[dict[Call, W
     for call in calls:
         for parent in call.parents:
             readers.setdefault(parent, []).append(call)
-    ways = {call: _way(call, readers, given) for call in calls if call.fan_in is not None}
+    lost = any(call.given_up for call in calls)
+    ways = {call: _way(call, readers, given, lost) for call in calls if call.fan_in is not None}
     _decades(calls, ways, readers)
     _edge_gains(calls, readers, given, gaps)
     below = _weights_below(calls)
@@ -45,7 +46,7 @@ def derive(calls: Sequence[Call], given: Collection[Call]) -> tuple[dict[Call, W
 
 def _finish_norms(call: Call, gaps: list[Gap]) -> None:
     """Several outputs' cotangents into one norm, rms from norms; say why a cotangent is missing."""
-    own = f"g_{call.tensor}"
+    own = call.g
     if any(count > 1 for count in call.events.values()):
         for name in [n for n in call.values if n.startswith(("g_z", "g_a"))]:
             del call.values[name]
@@ -60,6 +61,9 @@ def _finish_norms(call: Call, gaps: list[Gap]) -> None:
     for tensor, size in call.sizes.items():
         if f"{tensor}_norm" in call.values:
             call.values[f"{tensor}_rms"] = ratio(call.values[f"{tensor}_norm"], math.sqrt(size))
+    if call.fan_in is not None and call.tensor == "z":
+        n, total = call.samples, call.values.get("_units_norm", math.nan)
+        call.values["z_cosine"] = (total * total - n) / (n * (n - 1)) if n > 1 else math.nan
     if "dW_rms" in call.values:
         call.values["update_ratio"] = ratio(call.values["dW_rms"], call.values["W_rms"])
 
@@ -82,15 +86,17 @@ def _edge_gains(
 ) -> None:
     """|v| / |g| for each edge of a call that reads where others read too: v what the edge carries, g the call's own."""
     for call in calls:
-        own = call.values.get(f"g_{call.tensor}_norm")
+        own = call.values.get(f"{call.g}_norm")
         forks = [p for p in call.parents if len(readers[p]) > 1 or p in given]
         if not forks or own is None:
             continue
-        carried = {p: p.values.get(f"g_{p.tensor}_norm") for p in call.parents} | {p: call.edges.get(p) for p in forks}
+        carried = {p: p.values.get(f"{p.g}_norm") for p in call.parents} | {p: call.edges.get(p) for p in forks}
         if any(carried[p] is not None for p in forks):
             call.edge_gains = {p: ratio(v, own) for p, v in carried.items() if v is not None}
         if any(carried[p] is None for p in forks):
-            gaps.append((call, "edge_gain", "a way that is not this layer's alone, or that no gradient came through"))
+            gaps.append(
+                (call, "edge_gain", "not this layer's way alone, or one through a checkpoint, or no gradient came")
+            )
 
 
 def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:
@@ -106,7 +112,7 @@ def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:
         return
     call.values["backward_gain"] = ratio(here, above)
     last = passed[-1] if passed else call
-    entering = child.values.get("_entering_norm", last.values.get(f"g_{last.tensor}_norm"))
+    entering = child.values.get("_entering_norm", last.values.get(f"{last.g}_norm"))
     if entering is None:
         gaps += [(call, c, "no gradient came back to the activation") for c in FLOW[2:]]
         return
@@ -114,14 +120,14 @@ def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:
     call.values["slope_factor"] = ratio(here, entering)
 
 
-def _way(call: Call, readers: dict[Call, list[Call]], given: Collection[Call]) -> Way:
-    """Upwards as long as each output has one reader."""
+def _way(call: Call, readers: dict[Call, list[Call]], given: Collection[Call], lost: bool) -> Way:
+    """Upwards as long as each output has one reader; ``lost``: some layer's walk down was given up."""
     passed: list[Call] = []
     while True:
         above = readers.get(call, [])
         if not above:
             why = "no watched layer reads its output" if passed else "the last layer: nothing above it"
-            return tuple(passed), None, why
+            return tuple(passed), None, "too many operations between layers to follow the way up" if lost else why
         if len(above) > 1 or call in given:
             also = " and the model's output" if call in given else ""
             return tuple(passed), None, f"its output is read by {len(above)} layers{also}: the way up forks"

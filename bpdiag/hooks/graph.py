@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bpdiag import statistics
 from bpdiag.hooks.call import Call
+from bpdiag.hooks.reading import norm_by_sample
 
 MOST_NODES = 10_000  # looked at between two layers
 
@@ -28,6 +28,7 @@ class Walk:
     parents: dict[Call, None] = field(default_factory=dict)
     crossed: list[tuple[Place, Edge | None]] = field(default_factory=list)  # without an edge: handed on as it is
     through: dict[Any, None] = field(default_factory=dict)  # reentrant checkpoints in whose insides it ends
+    given_up: bool = False  # after MOST_NODES
 
 
 class Graph:
@@ -75,6 +76,7 @@ class Graph:
                 elif node not in seen:
                     seen.add(node)
                     stack.append(node)
+        walk.given_up |= bool(stack)
 
     def _end_at(self, checkpoint: Any, walk: Walk) -> None:
         walk.through[checkpoint] = None
@@ -124,6 +126,6 @@ def _measure(reader: Call, source: Call, node: Any, i: int) -> None:
     def arrived(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
         g = grad_inputs[i]
         again = source in reader.edges  # a second backward through the same graph
-        reader.edges[source] = None if again or g is None else statistics.norm(g)
+        reader.edges[source] = None if again or g is None else norm_by_sample(g)
 
     node.register_hook(arrived)

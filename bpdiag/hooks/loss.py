@@ -20,17 +20,18 @@ def loss_path(loss: Tensor, outputs: Collection[tuple[Any, int]]) -> list[dict[s
 
     Returns:
         ``{"op": "LogSoftmax", "shape": [64, 10], "dim": 1}``: autograd's name of it without Backward, the shape of what
-        it gave out, the dimension it worked along, counted from the front, where it has one.  Empty where the loss was
-        not computed from these outputs, or over more than 64 operations.
+        it gave out, the dimension it worked along, counted from the front, where it has one.  First the outputs that
+        are read, as ``{"op": "Output", "shape": [64, 10]}``.  Empty where the loss was not computed from these outputs,
+        or over more than 64 operations.
 
     Example:
         >>> import torch
         >>> out = torch.ones(3, 2, requires_grad=True) * 1
         >>> [step["op"] for step in loss_path(out.softmax(1).log().mean(), [(out.grad_fn, 0)])]
-        ['Softmax', 'Log', 'Mean']
+        ['Output', 'Softmax', 'Log', 'Mean']
     """
     ends, order, seen = set(outputs), [], set()
-    reached = False
+    reached: dict[tuple[Any, int], None] = {}
     stack = [(loss.grad_fn, False)]
     while stack:
         node, done = stack.pop()
@@ -40,14 +41,19 @@ def loss_path(loss: Tensor, outputs: Collection[tuple[Any, int]]) -> list[dict[s
             seen.add(node)
             if len(seen) > MOST_NODES:
                 return []
+            reached |= dict.fromkeys(edge for edge in node.next_functions if edge in ends)
             below = [edge for edge in node.next_functions if edge not in ends]
-            reached |= len(below) < len(node.next_functions)
             stack += [(node, True), *((edge[0], False) for edge in reversed(below))]
-    return [_step(node) for node in order] if reached else []
+    begins = [{"op": "Output", "shape": _shape(node, number)} for node, number in reached]
+    return [*begins, *map(_step, order)] if reached else []
+
+
+def _shape(node: Any, number: int = 0) -> list[int]:
+    return [int(n) for n in node._input_metadata[number].shape]
 
 
 def _step(node: Any) -> dict[str, Any]:
-    shape = [int(n) for n in node._input_metadata[0].shape]
+    shape = _shape(node)
     told: dict[str, Any] = {"op": re.sub(r"Backward\d*$", "", node.name()), "shape": shape}
     dim = getattr(node, "_saved_dim", None)
     if isinstance(dim, int):

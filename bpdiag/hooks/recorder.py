@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor, nn
 
 from bpdiag import statistics
 from bpdiag.config import UsageError
-from bpdiag.hooks.call import Call, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
+from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, is_checkpoint
 from bpdiag.hooks.loss import loss_path
+from bpdiag.hooks.pace import Pace
+from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
-from bpdiag.hooks.unseen import named_modules, refuse, unseen
-from bpdiag.rules import Activation
+from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
+from bpdiag.hooks.unseen import foreign_parameters, named_modules, refuse, unseen
+from bpdiag.hooks.weights import Weights
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
-DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
 MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
 
 
@@ -46,7 +49,7 @@ class _Hook:
 
 
 class Recorder:
-    """Measures ``model`` on steps 0, N, 2N, ... and gives each ``Sample`` to the sinks.
+    """Measures ``model`` on the steps that ``pace`` picks and gives each ``Sample`` to the sinks.
 
     A step ends when the last of ``optimizers`` has stepped, with a ``scaler`` at its update, or at ``end_step()``.
     """
@@ -56,28 +59,31 @@ class Recorder:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         sinks: Sequence[Sink],
-        every: int = 1,
+        pace: Pace | None = None,
         histograms: bool = False,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.model, self.optimizers, self.sinks, self.every = model, list(optimizers), list(sinks), every
+        self.model, self.optimizers, self.sinks, self.pace = model, list(optimizers), list(sinks), pace or Pace()
         self.histograms = histograms
         self.step = 0
         self.last_loss = math.nan
         self.layers: list[Layer] = []
         self._index: dict[tuple[str, int], int] = {}
         self._names: dict[nn.Module, str] = {}
+        self._facts: dict[nn.Module, Facts] = {}
         self._always: list[Any] = []  # hooks on optimizers
         self._eager: Any = None  # torch.compile held off, while armed
-        self._handles: list[Any] = []  # hooks on modules, while armed
-        self._silence: dict[tuple[str, int], deque[Tensor]] = {}
+        self._handles: list[Any] = []  # hooks on modules and weights, while armed
+        self._standing: list[Any] = []  # what they were put on
+        self._step_handles: list[Any] = []  # on tensors that outlive the step
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
+        self._slopes, self._weights = Slopes(), Weights(self._clock)
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
         self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
-        self._touched = False  # whether gradients were seen to change between backward and step
+        self._foreign: list[nn.Parameter] | None = None  # parameters of the forward pass that are not the model's
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -107,16 +113,16 @@ class Recorder:
         if self._clock:
             self._clock.stop()
         if any(call.events for call in self._calls):
-            self._weights_before(self._weights())
+            self._copy(self._watched_weights())
             self._finish("the watching ended before the update")
         elif self._losses or self._skipped:
-            self._send(Sample(self.step, self.layers, [], self._read([]), skipped=self._skipped))
+            self._send(Sample(self.step, self.layers, [], self._read(Reading(), []), skipped=self._skipped))
         self._forget()
 
     def unseen(self) -> list[dict[str, str]]:
         """Modules and parameters that no sampled step told anything of, each with its reason."""
         seen = {name for name, _ in self._index}
-        return unseen(self.model, self.optimizers, seen, self._passed_over)
+        return unseen(self.model, self.optimizers, seen, self._passed_over, self._foreign or ())
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
@@ -133,7 +139,7 @@ class Recorder:
         """The scaler ends a step; where no optimizer stepped, it skipped it."""
         if not self._stepped:
             self._skipped.append(self.step)
-            self._weights_before(self._weights() if self._calls else ())
+            self._copy(self._watched_weights() if self._calls else ())
         self.end_step("" if self._stepped else "the gradient scaler skipped this step")
         self._stepped = False
 
@@ -142,16 +148,29 @@ class Recorder:
         if self._handles:
             if self._calls:
                 self._finish(no_update)
-            self._disarm()
+            self._release()
             self._forget()
         self.step += 1
+        self.pace.ended()
         self._arm_if_due()
 
     def _arm_if_due(self) -> None:
-        if self.step % self.every:
+        if not self.pace.begins(self.step):
+            self._disarm()
             return
-        if "torch._dynamo" in sys.modules:  # what is compiled runs as it is written in this step: hooks fire there
-            self._eager = torch.compiler.set_stance("force_eager")
+        if self._eager is None and "torch._dynamo" in sys.modules:
+            self._eager = torch.compiler.set_stance("force_eager")  # what is compiled runs as written: hooks fire there
+        # hooks stand as long as every step is sampled and nothing changes that they were put up by
+        weights = ((m, m._parameters.get("weight")) for m in self.model.modules())
+        standing = [(m, w, w is not None and w.requires_grad, m.__dict__.get("inplace")) for m, w in weights]
+        if not self._handles or not _same(standing, self._standing):
+            self._take_down()
+            self._put_up()
+            self._standing = standing
+        if not self.optimizers:
+            self._copy(self._watched_weights())
+
+    def _put_up(self) -> None:
         self._names = {module: name for name, module in named_modules(self.model)}
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
         for module in self._names:
@@ -161,16 +180,26 @@ class Recorder:
             if rule and rule.saves == "input" and getattr(module, "inplace", False):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
         self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
-        for weight in self._weights():
+        for weight in self._watched_weights():
             if weight.requires_grad:
-                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(self._left_by_backward)))
-        if not self.optimizers:
-            self._weights_before(self._weights())
+                met, left = self._weights.met_by_backward, self._weights.left_by_backward
+                self._handles.append(weight.register_hook(_Hook(partial(met, weight))))
+                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(left)))
 
-    def _disarm(self) -> None:
+    def _take_down(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _release(self) -> None:
+        """What outlives a graph goes when its step ends."""
+        for handle in self._step_handles:
+            handle.remove()
+        self._step_handles.clear()
+
+    def _disarm(self) -> None:
+        self._release()
+        self._take_down()
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
             self._eager = None
@@ -180,6 +209,7 @@ class Recorder:
         self._counts: dict[nn.Module, int] = {}
         self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
+        self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
         self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
@@ -188,10 +218,8 @@ class Recorder:
         self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
         self._thread: int | None = None  # the one whose calls are this step's
         self._scales = Scales()
-        self._copies: dict[nn.Parameter, Tensor] = {}
-        self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
-        self._raw: dict[nn.Parameter, Tensor] = {}
+        self._slopes.forget()
+        self._weights.forget()
 
     # ---- forward -------------------------------------------------------------------------------------
 
@@ -211,6 +239,7 @@ class Recorder:
             self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
             self._graph = Graph()
+            self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
         if self._listening() and args:
@@ -221,6 +250,8 @@ class Recorder:
         if self._listening():
             self._inside = False
             outs = [t for t in leaves(output) if t.grad_fn is not None]
+            if self._foreign is None:
+                self._foreign = foreign_parameters(self.model, outs, self._entered)
             self._outputs |= {(t.grad_fn, t.output_nr) for t in outs}
             walk = self._graph.walk(outs)
             self._given |= walk.parents
@@ -232,7 +263,8 @@ class Recorder:
         place = self._place(module)
         if place is None or place[0] >= MOST_PASSES:
             return
-        outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
+        every = (output,) if isinstance(output, Tensor) else leaves(output)
+        outs = [t for t in every if t.is_floating_point() or t.is_complex()]
         outs = [t for t in outs if t.requires_grad] or outs[:1]
         if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
             why = "called under torch.func, whose tensors take no hooks" if outs else "its output holds no tensor"
@@ -240,9 +272,9 @@ class Recorder:
             return
         within = torch._C._current_autograd_node() if _recomputing() else None
         out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
+        facts = self._facts_of(module)
         call = Call(
-            module,
-            self._names[module],
+            facts,
             number,
             number_of_pass,
             tuple(out.shape),
@@ -250,23 +282,31 @@ class Recorder:
             tuple(walk.parents),
             order,
             within,
+            walk.given_up,
             tuple(walk.through),
         )
         self._graph.read(walk, call)
         self._calls.append(call)
         self._measure(call, call.tensor, out)
-        x = next((t for t in leaves((args, kwargs)) if t.is_floating_point()), None)
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
         if call.rule:
-            kept = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
-            if kept is not None:
-                self._measure_slope(call, call.rule, kept, *(getattr(module, name) for name in call.rule.learnable))
-        if call.fan_in is not None:
-            call.values["z_cosine"] = statistics.mean_cosine(out)
-        if x is not None and x is not out and not any(True for _ in module.children()):  # in place x is gone
+            saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
+            if saved is not None:
+                learned = [getattr(module, name) for name in call.rule.learnable]
+                self._slopes.measure(call, call.rule, saved, *learned)
+        if x is not None and x is not out and facts.childless:  # in place x is gone
             self._measure_input(call, x)
         for i, t in enumerate(outs):
             if t.requires_grad:
                 self._await(call, i, t)
+
+    def _facts_of(self, module: nn.Module) -> Facts:
+        facts = self._facts.get(module)
+        if facts is None or not facts.hold():
+            facts = self._facts[module] = Facts(module, self._names[module])
+        return facts
 
     def _place(self, module: nn.Module) -> tuple[int, int, int] | None:
         """(pass, place in the order of execution, which call of this module) of a call to be recorded; else None.
@@ -298,20 +338,24 @@ class Recorder:
 
         def arrived(g: Tensor) -> None:
             call.events[i] = call.events.get(i, 0) + 1
-            call.values[f"_g_{call.tensor}_{i}"] = statistics.norm(g)
-            call.sizes[f"g_{call.tensor}"] = call.sizes.get(f"g_{call.tensor}", 0) + g.numel()
+            call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
+            call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
             if i == 0:
-                self._draw(call, f"g_{call.tensor}", g)
+                self._draw(call, call.g, g)
 
         handle = out.register_hook(arrived)
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
-            self._handles.append(handle)
+            self._step_handles.append(handle)
 
     def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
-        call.values[f"{tensor}_norm"] = statistics.norm(x)
-        call.sizes[tensor] = x.numel()
+        rows = statistics.by_sample(x)
+        lengths = statistics.lengths(rows)
+        call.values[f"{tensor}_norm"], call.sizes[tensor] = kept(lengths), x.numel()
+        if tensor == "z" and call.fan_in is not None and len(rows) > 1:
+            call.values["_units_norm"] = kept(statistics.sum_of_units(rows, lengths))
+            call.samples = len(rows)
         self._draw(call, tensor, x)
 
     def _draw(self, call: Call, tensor: str, x: Tensor) -> None:
@@ -337,38 +381,25 @@ class Recorder:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
             self._measure(below, "a", x)
-            kept = kept_by(x, rule)
-            if kept is not None:
-                self._measure_slope(below, rule, *kept)
+            saved = kept_by(x, rule)
+            if saved is not None:
+                self._slopes.measure(below, rule, *saved)
         if owner is None:
             if call.fan_in is None:
                 return
             self._measure(call, "x", x)
 
         def arrived(g: Tensor) -> None:
-            call.values["_entering_norm"] = statistics.norm(g)
+            call.values["_entering_norm"] = norm_by_sample(g)
             if owner is not None:
                 self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
 
         x.register_hook(arrived)
 
-    def _measure_slope(self, call: Call, rule: type[Activation], *kept: Tensor) -> None:
-        slope = rule.slope(*(t.detach() for t in kept))
-        call.values["slope_rms"] = statistics.rms(slope)
-        call.values["a_saturated_fraction"] = statistics.saturated_fraction(slope, rule.largest_slope)
-        if call.backward == 0 and slope.dim() >= -call.axis:
-            alive = statistics.alive_units(slope, call.axis)
-            window = self._silence.setdefault(call.key, deque(maxlen=DEAD_WINDOW))
-            if window and (window[-1].shape != alive.shape or window[-1].device != alive.device):
-                window.clear()
-            window.append(alive)
-            if len(window) > 1:
-                call.values["a_dead_fraction"] = statistics.mean(~torch.stack(tuple(window)).any(0))
-
     # ---- update --------------------------------------------------------------------------------------
 
-    def _weights(self) -> list[nn.Parameter]:
+    def _watched_weights(self) -> list[nn.Parameter]:
         """The weights of the calls of this step; before any call those of all modules."""
         called = {call.weight: None for call in self._calls if call.weight is not None}
         every = (weight_of(module) for module in self._names)
@@ -379,85 +410,31 @@ class Recorder:
         self._stepped = True
         if self._handles:
             default = self.optimizers[-1]
-            self._weights_before([p for p in self._weights() if self._owners.get(p, default) is optimizer])
+            self._copy([p for p in self._watched_weights() if self._owners.get(p, default) is optimizer])
 
-    def _left_by_backward(self, p: nn.Parameter) -> None:
-        """A backward has added to a weight's gradient; its norm is taken where such have been changed afterwards."""
-        if p.grad is not None:
-            self._left[p] = p.grad, p.grad._version
-            if self._touched:
-                self._raw[p] = statistics.norm(p.grad)
-
-    def _weights_before(self, weights: Sequence[nn.Parameter]) -> None:
-        for p in weights:
-            if p not in self._copies:
-                self._copies[p] = p.detach().clone()
-                if self._calls:  # before any call, as for a closure, it is not this step's
-                    self._take_gradient(p)
-
-    def _take_gradient(self, p: nn.Parameter) -> None:
-        """Its norm as the optimizer meets it, and as the backward left it."""
-        if p.grad is None:
-            return
-        self._gradients[p] = statistics.norm(p.grad)
-        left, version = self._left.get(p, (None, 0))
-        if left is p.grad and version == p.grad._version:
-            self._raw[p] = self._gradients[p]
-            return
-        self._touched = True
-        scale = self._clock.scale() if self._clock else None
-        if scale is not None and p in self._raw:
-            self._raw[p] = self._raw[p] / scale
-
-    def _reduce_weights(self, no_update: str) -> list[Gap]:
-        """Norms of weights, gradients and updates into the values of their calls; what is missing, and why."""
-        gaps: list[Gap] = []
-        told: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for p in self._weights():
-            told[p] = numbers = {}
-            before = self._copies.get(p)
-            if before is not None and before.numel():
-                numbers["W_rms"] = statistics.rms(before)
-                if not no_update:
-                    numbers["dW_rms"] = statistics.rms(p.detach() - before)
-            if p not in self._gradients:  # a closure's, or a loop's without an optimizer
-                self._take_gradient(p)
-            if p in self._gradients:
-                numbers["g_W_norm"] = self._gradients[p]
-            if p in self._raw:
-                numbers["g_W_raw_norm"] = self._raw[p]
-        for call in self._calls:
-            if call.weight is not None:
-                before, g_W = self._copies.get(call.weight), call.weight.grad
-                for tensor, x in (("W", before), ("g_W", g_W if call.weight in self._gradients else None)):
-                    if x is not None:
-                        self._draw(call, tensor, x)
-            if call.weight is None:
-                if call.fan_in is not None:
-                    gaps += [
-                        (call, c, "its weight is computed from others") for c in ("W_rms", "g_W_norm", "update_ratio")
-                    ]
-                continue
-            call.values.update(told[call.weight])
-            if no_update:
-                gaps += [(call, "dW_rms", no_update), (call, "update_ratio", no_update)]
-            if "g_W_norm" not in call.values:
-                frozen = not call.weight.requires_grad
-                gaps.append((call, "g_W_norm", "frozen" if frozen else "no gradient arrived at this weight"))
-            elif "g_W_raw_norm" not in call.values:
-                gaps.append((call, "g_W_raw_norm", "changed between backward and step: told from the next sample on"))
-        return gaps
+    def _copy(self, weights: Sequence[nn.Parameter]) -> None:
+        # before any call, as for a closure, a gradient is not this step's
+        self._weights.copy(weights, with_gradients=bool(self._calls))
 
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
         self._calls.sort(key=lambda call: (call.backward, call.order))
         self._keep_trained_passes()
-        gaps = self._reduce_weights(no_update)
+        if self.histograms:
+            for call in self._calls:
+                for tensor, x in self._weights.drawn(call):
+                    self._draw(call, tensor, x)
+        reading = Reading()
+        gaps = self._weights.finish(self._calls, no_update)
+        self._slopes.finish(self._calls, reading)
         group = self.optimizers[0].param_groups[0] if self.optimizers else {}
         rate = {"lr": group["lr"]} if "lr" in group else {}
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         tables = [table for call in self._calls for table in (call.values, call.edges)]
-        losses = self._read([*tables, *self._scales.told.values(), rate])
+        losses = self._read(reading, [*tables, *self._scales.told.values(), rate])
+        self._name_bad_samples(reading)
+        self._slopes.enter(self._calls)
+        gaps += self._weights.settle(self._calls, no_update)
         self._divide_scales_out()
         self._join_checkpoints()
         ways, more = derive(self._calls, self._given)
@@ -471,7 +448,7 @@ class Recorder:
         gaps += self._changed_ways(ways)
         rows = []
         for call in self._calls:
-            told: dict[str, Any] = {name: float(value) for name, value in call.values.items() if name in COLUMNS}
+            told: dict[str, Any] = {name: value for name, value in call.values.items() if name in COLUMNS}
             if call.edge_gains:
                 by_parent = {self._index[parent.key]: gain for parent, gain in call.edge_gains.items()}
                 told["edge_gain"] = [by_parent.get(i) for i in self.layers[self._index[call.key]].parents]
@@ -481,6 +458,15 @@ class Recorder:
         sample = Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
         self._send(dataclasses.replace(sample, loss_scale=self._scales.of(0), skipped=self._skipped))
         self._skipped = []
+
+    def _name_bad_samples(self, reading: Reading) -> None:
+        """Which sample of the batch a call's numbers are not finite of, where it is one alone."""
+        alone = reading.samples()
+        for call in self._calls if alone else ():
+            own = f"{call.tensor}_norm", f"_{call.g}_0"
+            found = [alone[id(call.values), key] for key in ("x_norm", *own) if (id(call.values), key) in alone]
+            if found:
+                call.values["nonfinite_sample"] = float(found[0])
 
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
@@ -512,23 +498,12 @@ class Recorder:
         for sink in self.sinks:
             sink.write(sample)
 
-    def _read(self, tables: list[dict[Any, Any]]) -> list[tuple[int, float]]:
+    def _read(self, reading: Reading, tables: Sequence[dict[Any, Any]]) -> list[tuple[int, float]]:
         """Replace every tensor in ``tables`` by its number; returns the losses.  The step's one host read."""
         told: dict[int, Any] = {
             i: statistics.mean(x) if isinstance(x, Tensor) else x for i, (_, x) in enumerate(self._losses)
         }
-        whole: list[dict[Any, Any]] = [*tables, told]
-        places = [(table, key) for table in whole for key, value in table.items() if isinstance(value, Tensor)]
-        for table, key in places:
-            if hasattr(table[key], "full_tensor"):  # of a sharded tensor: the norm of the whole, on every process
-                table[key] = table[key].full_tensor()
-        by_device: dict[torch.device, list[tuple[Any, Any]]] = {}
-        for table, key in places:
-            by_device.setdefault(table[key].device, []).append((table, key))
-        for group in by_device.values():
-            numbers = torch.stack([table[key] for table, key in group]).tolist()
-            for (table, key), number in zip(group, numbers, strict=True):
-                table[key] = number
+        reading.read([*tables, told])
         of_step: dict[int, list[float]] = {}
         for (step, _), loss in zip(self._losses, told.values(), strict=True):
             of_step.setdefault(step, []).append(loss)
@@ -598,3 +573,10 @@ def kind_of_loss(loss: Tensor) -> str:
 def _recomputing() -> bool:
     """Whether a backward is under way: a forward inside it is a checkpoint's recomputation, not a new call."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _same(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(one) == len(other) and all(
+        a is b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import is_leaf
@@ -30,6 +31,7 @@ def unseen(
     optimizers: Sequence[torch.optim.Optimizer],
     seen: Collection[str],
     passed_over: Mapping[str, str],
+    foreign: Collection[nn.Parameter] = (),
 ) -> list[dict[str, str]]:
     """``{"what": module or parameter, "name": ..., "reason": ...}``, in the order of the model.
 
@@ -38,6 +40,7 @@ def unseen(
         optimizers: those given.
         seen: names of the modules in the layer table.
         passed_over: name of a module that was called without being recorded -> why.
+        foreign: parameters of the forward pass that are not the model's.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -51,16 +54,46 @@ def unseen(
             found.append({"what": "module", "name": name, "reason": "fused: not visible inside"})
         if name not in seen and is_leaf(module) and not isinstance(module, nn.Identity):
             found.append({"what": "module", "name": name, "reason": passed_over.get(name) or _why(module)})
+    owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for p in foreign:
+        if p not in owned:
+            reason = "receives gradient, in no module of the model"
+            found.append({"what": "parameter", "name": f"of shape {tuple(p.shape)}", "reason": reason})
     if optimizers:
-        owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for name, p in model.named_parameters():
             if p.requires_grad and p not in owned:
                 found.append({"what": "parameter", "name": name, "reason": "in no optimizer, so never updated"})
-        strangers = [tuple(p.shape) for p in owned - set(model.parameters())]
+        strangers = [tuple(p.shape) for p in owned - set(model.parameters()) - set(foreign)]
         for shape in sorted(strangers):
             reason = "in an optimizer, in no module of the model: replaced since, or another model's"
             found.append({"what": "parameter", "name": f"of shape {shape}", "reason": reason})
     return found
+
+
+def foreign_parameters(model: nn.Module, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[nn.Parameter]:
+    """Parameters that outputs were computed from and no module of the model has; what lies below the inputs is none.
+
+    Example:
+        >>> hidden, model = nn.Linear(2, 2), nn.Linear(2, 1)
+        >>> x = torch.ones(1, 2)
+        >>> sorted(tuple(p.shape) for p in foreign_parameters(model, [model(hidden(x))], [x]))
+        [(2,), (2, 2)]
+    """
+    own, found = set(model.parameters()), dict[nn.Parameter, None]()
+    if any(hasattr(p, "full_tensor") for p in own):
+        return []  # sharded: the forward pass computes with others, gathered for it
+    stack: list[Any] = [t.grad_fn for t in outputs]
+    seen = {t.grad_fn for t in inputs} | {None}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and leaf not in own:
+            found[leaf] = None
+        stack += [below for below, _ in node.next_functions]
+    return list(found)
 
 
 def refuse(model: nn.Module) -> None:

@@ -43,6 +43,7 @@ class Activation(Rule):
 
     saves: ClassVar[Literal["output", "input"]] = "output"
     largest_slope: ClassVar[float] = 1.0  # sup |phi'|
+    is_switch: ClassVar[bool] = False  # the slope is 0 or 1 and nothing else
     r: ClassVar[float] = 1.0
     kinks: ClassVar[dict[float, float]] = {}  # z where the slope jumps -> the slope used there
     oracle: ClassVar[type[nn.Module]]
@@ -53,8 +54,19 @@ class Activation(Rule):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "forward" in cls.__dict__:
-            cls.apply = staticmethod(_checked(cls.name, cls.apply))
+        if "vjp" in cls.__dict__:
+            cls.is_switch = cls.__dict__.get("is_switch", False)
+
+    @classmethod
+    def guard(cls, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``apply`` for a tensor of real numbers; no shape and no device is wrong for an elementwise rule."""
+        name = cls.name
+
+        def call(z: Tensor, *learned: Any) -> Tensor:
+            floats(name, z=z)
+            return apply(z, *learned)
+
+        return call
 
     @classmethod
     def is_done_by(cls, module: nn.Module) -> bool:
@@ -88,16 +100,6 @@ class Activation(Rule):
             tensor([1.0000, 0.7500])
         """
         return cls.vjp(torch.ones_like(kept), kept, *learned)
-
-
-def _checked(name: str, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``apply`` for a tensor of real numbers; no shape and no device is wrong for an elementwise rule."""
-
-    def call(z: Tensor, *learned: Any, **named: Any) -> Tensor:
-        floats(name, z=z)
-        return apply(z, *learned, **named)
-
-    return call
 
 
 class Identity(Activation):
@@ -152,6 +154,7 @@ class Relu(Activation):
     """a = max(z, 0),  da/dz = 1 for z > 0, else 0.  Kink at 0, slope there 0; nan passes g_a on, as in torch."""
 
     name = "relu"
+    is_switch = True
     r = RELU_KIND
     kinks: ClassVar = {0.0: 0.0}
     oracle = nn.ReLU
@@ -162,6 +165,13 @@ class Relu(Activation):
 
     def vjp(g_a, a):
         return g_a.masked_fill(a <= 0, 0)  # not g_a * (a > 0): inf * 0 is nan
+
+    @classmethod
+    def slope(cls, kept: Tensor, *learned: Tensor) -> Tensor:
+        """The same in one pass; of a rule derived from this one with a vjp of its own, that one's."""
+        if cls.vjp is not Relu.vjp:
+            return super().slope(kept)
+        return torch.ops.aten.threshold_backward(kept.new_ones(()), kept, 0)
 
 
 class LeakyRelu(Activation):
@@ -394,6 +404,7 @@ class Hardtanh(Activation):
     """a = z within -1 ... 1, else -1 or 1,  da/dz = 1 inside, 0 outside.  Kinks at -1 and 1, slope there 0."""
 
     name = "hardtanh"
+    is_switch = True
     kinks: ClassVar = {-1.0: 0.0, 1.0: 0.0}
     oracle = nn.Hardtanh
     settings: ClassVar = {"min_val": -1.0, "max_val": 1.0}
@@ -410,6 +421,7 @@ class Relu6(Activation):
     """a = z within 0 ... 6, else 0 or 6,  da/dz = 1 inside, 0 outside.  Kinks at 0 and 6, slope there 0; nan passes."""
 
     name = "relu6"
+    is_switch = True
     r = RELU_KIND
     kinks: ClassVar = {0.0: 0.0, 6.0: 0.0}
     oracle = nn.ReLU6

@@ -75,7 +75,7 @@ class Conv(Rule):
                 raise wrong(
                     "conv", "x", x, f"{d * (k - 1) + 1} places or more, padding {p} on each side counted, for W"
                 )
-        return _owned(CONV[len(at.kernel)](x, W, b, at.stride, at.padding, at.dilation, groups), at)
+        return _owned(CONV[len(at.kernel)](x, W, b, at.stride, at.padding, at.dilation, at.groups), at)
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -136,7 +136,8 @@ class ConvTranspose(Rule):
             size = (n - 1) * s - 2 * p + d * (k - 1) + 1 + e
             if size < 1:
                 raise wrong("conv_transpose", "padding", p, f"one that leaves y a place; a size {n} becomes {size}")
-        return _owned(CONV_TRANSPOSE[len(at.kernel)](x, W, b, at.stride, at.padding, extra, groups, at.dilation), at)
+        walk = at.stride, at.padding, extra, at.groups, at.dilation
+        return _owned(CONV_TRANSPOSE[len(at.kernel)](x, W, b, *walk), at)
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -165,7 +166,7 @@ def _correlate(x: Tensor, g: Tensor, at: Window) -> Tensor:
     B, C, *size = x.shape
     _, N, *places = g.shape
     if not x.numel():
-        return x.new_zeros(N, C // at.groups, *at.kernel)
+        return x.new_zeros(N, C // at.groups, *at.kernel) + x.sum() + g.sum()  # of both, for a second gradient
     if at.groups == C:
         x, g, groups = wide(x).reshape(1, B * C, *size), wide(g).reshape(B * N, 1, *places), B * C
     else:
@@ -202,6 +203,7 @@ def _window(
     n = W.dim() - 2
     kernel, size = tuple(W.shape[2:]), tuple(x.shape[-n:])
     stride, dilation = each(rule, "stride", stride, n), each(rule, "dilation", dilation, n)
+    groups = whole(rule, "groups", groups)
     one_of(rule, "padding_mode", padding_mode, tuple(MODES))
     if isinstance(padding, str):
         one_of(rule, "padding", padding, ("same", "valid"))
@@ -221,7 +223,7 @@ def _window(
 def _check(rule: str, x: Tensor, W: Tensor, b: Tensor | None, groups: Any) -> None:
     """Refuse shapes that do not fit each other."""
     n = W.dim() - 2
-    whole(rule, "groups", groups)
+    groups = whole(rule, "groups", groups)
     if n not in CONV or 0 in (W.shape[0], *W.shape[2:]):
         raise wrong(rule, "W", W, "3 to 5 dimensions, output and input channels and 1 to 3 sizes, none of them 0")
     if x.dim() not in (n + 1, n + 2) or 0 in x.shape[-n:]:

@@ -1,8 +1,11 @@
 """A rule, forward and vjp as plain tensor functions, made into an ``autograd.Function``: the one place.
 
 The same two functions serve autograd (here) and any sweep that calls them itself, so that the maths stands
-once.  ``Rule.apply`` is differentiable to any order, because ``vjp`` is written in differentiable operations on
-true inputs and outputs; it runs under ``torch.func.vmap`` and under autocast.
+once.  ``Rule.apply`` is differentiable to any order in reverse mode, because ``vjp`` is written in differentiable
+operations on true inputs and outputs (of an input that a ``vjp`` does not read, as relu's of z, a constant cotangent
+has no graph; torch's may have one that leads to 0); it runs under ``torch.func.vmap`` and under autocast.  A rule
+states no Jacobian-vector product: ``torch.func.jvp``, and ``hessian``, which is made of it, refuse it;
+``jacrev(jacrev(...))`` is the Hessian.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class Rule:
     * ``keeps(inputs, output, needs) -> tuple``: what the backward needs, and no more.  Tensors become autograd's saved
       tensors; whatever else stands among them (a setting, a shape) reaches ``vjp`` in its place, as it is.
 
-    ``apply(*inputs)`` is the differentiable function made of them; settings may be left out or given by name.
+    ``apply(*inputs)`` is the differentiable function made of them; each input may be given by name (where tensors may
+    be any number, none), and settings left out.
     """
 
     name: ClassVar[str]
@@ -44,7 +48,12 @@ class Rule:
             if method in cls.__dict__:
                 setattr(cls, method, staticmethod(cls.__dict__[method]))
         if hasattr(cls, "forward"):  # a rule that inherits its forward may have a vjp of its own
-            cls.apply = staticmethod(_complete(cls, _function(cls).apply))
+            cls.apply = staticmethod(_complete(cls, cls.guard(_function(cls).apply)))
+
+    @classmethod
+    def guard(cls, apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``apply`` as it is: ``forward`` refuses what does not fit."""
+        return apply
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -58,20 +67,22 @@ class Rule:
 
 
 def _complete(rule: type[Rule], apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``apply`` with every setting in its place: as given, by position or name, or at the default of ``forward``."""
+    """``apply`` with every input in its place: as given, by position or name, or at the default of ``forward``."""
     parameters = inspect.signature(rule.forward).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    if not defaults:
-        return apply
-    names = tuple(parameters)
+    names = tuple([name for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL])
+    n, any_number = len(names), len(names) < len(parameters)
 
     def call(*inputs: Any, **settings: Any) -> Tensor:
-        given = {**defaults, **settings}
-        rest = names[len(inputs) :]
-        if not (settings.keys() <= set(rest) <= given.keys()):
-            wrong = sorted(settings.keys() - set(rest)) or [n for n in rest if n not in given]
-            problem = "unknown or given twice" if settings.keys() - set(rest) else "missing"
-            raise TypeError(f"{rule.name}: {', '.join(wrong)} {problem}; expected ({', '.join(names)})")
+        if not settings and (len(inputs) == n or (any_number and len(inputs) > n)):
+            return apply(*inputs)
+        given, rest = {**defaults, **settings}, names[len(inputs) :]
+        unknown, missing = sorted(settings.keys() - set(rest)), [name for name in rest if name not in given]
+        if unknown or missing or len(inputs) > n:
+            problem = f"{', '.join(unknown)} unknown or given twice" if unknown else f"{', '.join(missing)} missing"
+            problem = problem if unknown or missing else f"{len(inputs)} inputs"
+            expected = ", ".join([f"*{name}" if p.kind is p.VAR_POSITIONAL else name for name, p in parameters.items()])
+            raise TypeError(f"{rule.name}: {problem}; expected ({expected})")
         return apply(*inputs, *[given[name] for name in rest])
 
     return call

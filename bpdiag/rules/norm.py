@@ -23,6 +23,9 @@ from torch.nn import functional
 from bpdiag.rules.arguments import each, floats, number, shaped, whole, wrong
 from bpdiag.rules.function import Rule, wide
 
+EPS = "a finite number, 0 or more", lambda eps: 0 <= eps < math.inf
+EPS_IN_TRAINING = "a finite number over 0", lambda eps: 0 < eps < math.inf  # as torch has it for a batch
+
 
 class BatchNorm(Rule):
     """xn = (x - m) r,  g_x = gamma r (g_y - mean g_y - xn mean(g_y xn)),  over the batch and all places of a channel.
@@ -53,7 +56,7 @@ class BatchNorm(Rule):
     def forward(x, gamma, beta, mean=None, var=None, eps=1e-5):
         floats("batch_norm", mixed=True, x=x, gamma=gamma, beta=beta, mean=mean, var=var)
         _check_channels("batch_norm", x, gamma=gamma, beta=beta, mean=mean, var=var)
-        number("batch_norm", "eps", eps)
+        number("batch_norm", "eps", eps, *(EPS_IN_TRAINING if mean is None else EPS))
         if (mean is None) != (var is None):
             given, missing = ("mean", "var") if var is None else ("var", "mean")
             raise wrong("batch_norm", missing, None, f"a tensor as {given}, or both None (training)", TypeError)
@@ -125,7 +128,7 @@ def running_statistics(
         if batches is None:
             raise wrong("running_statistics", "batches", None, "their number, as momentum is None", TypeError)
         momentum = 1 / whole("running_statistics", "batches", batches)
-    number("running_statistics", "momentum", momentum)
+    number("running_statistics", "momentum", momentum, "a finite number", math.isfinite)
     over, n = [0, *range(2, x.dim())], x.numel() // max(x.shape[1], 1)
     if n == 1:
         raise wrong("running_statistics", "x", x, "more than one number for each channel")
@@ -162,10 +165,11 @@ class GroupNorm(Rule):
     def forward(x, gamma, beta, num_groups, eps=1e-5):
         floats("group_norm", mixed=True, x=x, gamma=gamma, beta=beta)
         _check_channels("group_norm", x, gamma=gamma, beta=beta)
-        number("group_norm", "eps", eps)
+        number("group_norm", "eps", eps, *EPS)
         if 0 in x.shape[1:]:
             raise wrong("group_norm", "x", x, "no size 0 but the batch's")
-        if x.shape[1] % whole("group_norm", "num_groups", num_groups):
+        num_groups = whole("group_norm", "num_groups", num_groups)
+        if x.shape[1] % num_groups:
             raise wrong("group_norm", "num_groups", num_groups, f"a divisor of the {x.shape[1]} channels of x")
         if x.numel() == num_groups:
             raise wrong("group_norm", "x", x, "more than one number in a group")
@@ -175,7 +179,7 @@ class GroupNorm(Rule):
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
         """x and gamma, where a cotangent is a function of them."""
         x, gamma, _, num_groups, eps = inputs
-        return x if needs[0] or needs[1] else None, gamma if needs[0] else None, num_groups, eps
+        return x if needs[0] or needs[1] else None, gamma if needs[0] else None, int(num_groups), eps
 
     def vjp(g_y, x, gamma, num_groups, eps, needs=(True, True, True)):
         B, C, *places = g_y.shape
@@ -217,7 +221,7 @@ class InstanceNorm(Rule):
     def forward(x, gamma, beta, eps=1e-5):
         floats("instance_norm", mixed=True, x=x, gamma=gamma, beta=beta)
         _check_channels("instance_norm", x, gamma=gamma, beta=beta)
-        number("instance_norm", "eps", eps)
+        number("instance_norm", "eps", eps, *EPS)
         if not x.shape[1]:
             raise wrong("instance_norm", "x", x, "a channel or more")
         if math.prod(x.shape[2:]) < 2:
@@ -259,7 +263,7 @@ class LayerNorm(Rule):
     def forward(x, gamma, beta, normalized_shape=None, eps=1e-5):
         floats("layer_norm", mixed=True, x=x, gamma=gamma, beta=beta)
         shape = _last("layer_norm", x, gamma, normalized_shape)
-        number("layer_norm", "eps", eps)
+        number("layer_norm", "eps", eps, *EPS)
         shaped("layer_norm", "beta", beta, shape, "a number for each that is normalized")
         return functional.layer_norm(x, shape, gamma, beta, eps)
 
@@ -309,7 +313,7 @@ class RMSNorm(Rule):
         floats("rms_norm", mixed=True, x=x, gamma=gamma)
         shape = _last("rms_norm", x, gamma, normalized_shape)
         if eps is not None:
-            number("rms_norm", "eps", eps)
+            number("rms_norm", "eps", eps, *EPS)
         y = functional.rms_norm(wide(x), shape, None if gamma is None else wide(gamma), _spacing(x, eps))
         return y.to(x.dtype)
 

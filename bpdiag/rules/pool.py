@@ -168,9 +168,11 @@ class AvgPool(Rule):
             raise wrong(
                 "avg_pool", "kernel_size", kernel_size, f"at most {tuple(x.shape[-3:])}: torch's limit in 3 dimensions"
             )
-        count = (count_include_pad,) if divisor_override is None else (count_include_pad, divisor_override)
-        if divisor_override is not None and whole("avg_pool", "divisor_override", divisor_override, None) == 0:
-            raise wrong("avg_pool", "divisor_override", 0, "a whole number other than 0")
+        count = (count_include_pad,)
+        if divisor_override is not None:
+            count += (whole("avg_pool", "divisor_override", divisor_override, None),)
+            if divisor_override == 0:
+                raise wrong("avg_pool", "divisor_override", 0, "a whole number other than 0")
         if n == 1 and divisor_override is not None:  # torch takes a divisor from two dimensions on
             flat = (1, *kernel_size), (1, *stride), (0, *padding)
             return _owned(AVG[2](wide(x).unsqueeze(-2), *flat, ceil_mode, *count).squeeze(-2), n).to(x.dtype)

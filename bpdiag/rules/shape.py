@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bpdiag.rules.arguments import floats, number, one_of, tensor, whole, wrong
+from bpdiag.rules.arguments import floats, number, one_of, tensor, told, whole, wrong
 from bpdiag.rules.function import Rule, wide
 
 PAD_MODES = ("constant", "reflect", "replicate", "circular")
@@ -38,13 +38,15 @@ class Pad(Rule):
     def forward(x, pad, mode="constant", value=0.0):
         tensor("pad", "x", x)
         one_of("pad", "mode", mode, PAD_MODES)
-        check_pads("pad", "pad", pad, x, mode)
+        pad = check_pads("pad", "pad", pad, x, mode)
+        if value is not None and not isinstance(value, bool):  # as torch has it: 0, and for a mask True
+            number("pad", "value", value)
         return nn.functional.pad(x, pad, mode, value if mode == "constant" else None)
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
         """The pads and the mode."""
-        return inputs[1:3]
+        return tuple(map(int, inputs[1])), inputs[2]
 
     def vjp(g_y, pad, mode="constant", needs=(True,)):
         if not needs[0]:
@@ -76,25 +78,30 @@ def _folded(g: Tensor, dim: int, left: int, right: int, mode: str) -> Tensor:
     return g_x
 
 
-def check_pads(rule: str, argument: str, pad: Any, x: Tensor, mode: str) -> None:
-    """Refuse pads that x has not the dimensions or the size for."""
+def check_pads(rule: str, argument: str, pad: Any, x: Tensor, mode: str) -> tuple[int, ...]:
+    """The pads; refuse those that x has not the dimensions or the size for."""
     if not isinstance(pad, tuple | list):
-        raise wrong(rule, argument, repr(pad), "a sequence of whole numbers", TypeError)
-    if len(pad) % 2 or len(pad) > 2 * x.dim():
+        raise wrong(rule, argument, told(pad), "a sequence of whole numbers", TypeError)
+    dims = len(pad) // 2
+    if len(pad) % 2 or dims > x.dim():
         raise wrong(rule, argument, tuple(pad), f"a pair for each of at most {x.dim()} dimensions, the last first")
+    if mode != "constant":
+        if not (1 <= dims <= 3 and x.dim() - dims in (1, 2)):
+            expected = f"in mode {mode} a pair for each dimension of {tuple(x.shape)} but the first one or two"
+            raise wrong(rule, argument, tuple(pad), expected)
+        if 0 in x.shape[-dims if mode == "circular" else -dims - 1 :]:  # circular: channels may be none, as in torch
+            raise wrong(rule, "x", x, f"in mode {mode} a place or more along each dimension, channels too")
+    pad = tuple([whole(rule, argument, p, None if mode == "constant" else 0) for p in pad])
     for i, p in enumerate(pad):
-        whole(rule, argument, p, None if mode == "constant" else 0)
         n = x.shape[-1 - i // 2]
         most = {"reflect": n - 1, "circular": n}.get(mode, p)
         if p > most:
-            raise wrong(rule, argument, tuple(pad), f"at most {most} in mode {mode} along a dimension of {n}")
+            raise wrong(rule, argument, pad, f"at most {most} in mode {mode} along a dimension of {n}")
     if mode == "constant":
         for i in range(0, len(pad), 2):
             if x.shape[-1 - i // 2] + pad[i] + pad[i + 1] < 0:
                 raise wrong(rule, argument, tuple(pad), f"no more cropped than the shape {tuple(x.shape)} has")
-    elif not (2 <= len(pad) <= 6 and x.dim() - len(pad) // 2 in (1, 2)):
-        expected = f"in mode {mode} a pair for each dimension of {tuple(x.shape)} but the first one or two"
-        raise wrong(rule, argument, tuple(pad), expected)
+    return pad
 
 
 class Flatten(Rule):
@@ -113,8 +120,10 @@ class Flatten(Rule):
     def forward(x, start_dim=1, end_dim=-1):
         tensor("flatten", "x", x)
         dims = max(x.dim(), 1)
+        start_dim = whole("flatten", "start_dim", start_dim, None)
+        end_dim = whole("flatten", "end_dim", end_dim, None)
         for argument, dim in (("start_dim", start_dim), ("end_dim", end_dim)):
-            if not -dims <= whole("flatten", argument, dim, None) < dims:
+            if not -dims <= dim < dims:
                 raise wrong("flatten", argument, dim, f"a dimension of x {tuple(x.shape)}")
         if start_dim % dims > end_dim % dims:
             raise wrong("flatten", "start_dim", start_dim, f"no dimension after end_dim {end_dim}")
@@ -146,10 +155,11 @@ class Concat(Rule):
 
     def forward(dim, *tensors):
         if not tensors:
-            raise wrong("concat", "tensors", "()", "at least one")
+            raise wrong("concat", "tensors", (), "at least one")
         floats("concat", **{f"tensor {k}": t for k, t in enumerate(tensors)})
         first = tensors[0]
-        if not -first.dim() <= whole("concat", "dim", dim, None) < first.dim():
+        dim = whole("concat", "dim", dim, None)
+        if not -first.dim() <= dim < first.dim():
             raise wrong("concat", "dim", dim, f"a dimension of tensor 0 {tuple(first.shape)}")
         for k, t in enumerate(tensors):
             if t.dim() != first.dim() or t.movedim(dim, 0).shape[1:] != first.movedim(dim, 0).shape[1:]:
@@ -162,7 +172,7 @@ class Concat(Rule):
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
         """The dimension and the lengths along it."""
         dim, *tensors = inputs
-        return dim, [t.shape[dim] for t in tensors]
+        return int(dim), [t.shape[dim] for t in tensors]
 
     def vjp(g_y, dim, lengths, needs=None):
         parts = g_y.split(lengths, dim)
@@ -197,7 +207,7 @@ class Add(Rule):
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
-        """F for g_beta, beta for g_f; a number always."""
+        """The tensor f for g_beta, beta for g_f; a number always."""
         _, f, beta = inputs
         return f if needs[2] else None, beta if needs[1] or not isinstance(beta, Tensor) else None, _shape(beta)
 
@@ -231,9 +241,7 @@ class Dropout(Rule):
             raise wrong("dropout", "mask", mask, f"a shape that broadcasts to {tuple(x.shape)}, that of x")
         if mask.device != x.device:
             raise wrong("dropout", "mask", mask, f"it on {x.device}, where x is")
-        number("dropout", "p", p, "a number from 0 to 1")
-        if not 0 <= p <= 1:
-            raise wrong("dropout", "p", p, "a number from 0 to 1")
+        number("dropout", "p", p, "a number from 0 to 1", lambda p: 0 <= p <= 1)
         return Dropout.vjp(x, mask, p)[0]  # linear and its own transpose
 
     @classmethod
@@ -272,6 +280,8 @@ class Embedding(Rule):
             raise wrong("embedding", "W", W, "shape (V, D): one row of D numbers for each of V")
         if W.device != index.device:
             raise wrong("embedding", "W", W, f"it on {index.device}, where index is")
+        if not len(W) and (index.numel() or padding_idx is not None):
+            raise wrong("embedding", "W", W, "a row or more")
         if padding_idx is not None and not 0 <= whole("embedding", "padding_idx", padding_idx, None) < len(W):
             raise wrong("embedding", "padding_idx", padding_idx, f"a row of W, 0 to {len(W) - 1}")
         try:

@@ -1,0 +1,148 @@
+"""Faults of the architecture: layers with nothing between them, sums that outgrow their net, samples made alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from bpdiag.diagnosis.blocks import blocks
+from bpdiag.diagnosis.finding import Finding, percent, power, real
+from bpdiag.diagnosis.harm import verdict
+from bpdiag.diagnosis.ledger import Profile
+
+SAME = 1e-6  # of a slope factor from 1: what lies between changed no number
+ALIKE = math.exp(-6)  # 1 - c: six correlation lengths (Schoenholz et al. 2017, section 5: trainable to about six)
+APART = 0.01  # 1 - c of the data: below, they are alike themselves
+IDLE = 0.01  # of 1/blocks: branches whose squared gain is less add nothing (1 + beta^2)^blocks = 1.01
+
+
+def linear_stack(p: Profile) -> Iterator[Finding]:
+    """Every step between weight layers is the identity: one matrix would do what all of them do."""
+    steps = [(at, i) for at, i in enumerate(p.lines) if p.trace.layers[i].next is not None]
+    if not steps or len(steps) < len(p.lines) - 1 or not p.finite.any():
+        return
+    at = int(np.flatnonzero(p.finite)[0])
+    slopes = p.trace.column("slope_factor")[0][at, [i for _, i in steps]]
+    carried = any(p.trace.layers[j].activation for _, i in steps for j in (i, *p.trace.layers[i].via))
+    if carried or not (np.abs(slopes - 1) < SAME).all():
+        return
+    yield Finding(
+        kind="linear_stack",
+        severity="warning" if p.converged[-1] else "harm",
+        layers=p.names(range(len(p.lines))),
+        onset_step=int(p.steps[at]),
+        cause="no activation between the layers",
+        evidence={"layers": float(len(p.lines)), "loss": float(p.losses[-1])},
+        confidence=1.0,
+        remedy="put an activation between them (nn.ReLU())",
+        expected="a net that can bend: training loss below that of one linear layer",
+        source="structure: cotangents pass between the layers unchanged",
+        sentence=f"All {len(p.lines)} layers together are one linear map: nothing nonlinear stands between them.",
+        why="A product of matrices is a matrix: depth adds nothing here but slower learning.",
+    )
+
+
+def residual_mismatch(p: Profile) -> Iterator[Finding]:
+    """Blocks x + f(x) whose gains multiply up to more than the top can live beside: 1/2 sum log(1 + beta^2) > log T.
+
+    A warning where the branches are idle instead: beta^2 under 1/(100 blocks), so that the net is its skip.
+    """
+    usable = np.flatnonzero(p.finite)
+    if not usable.size:
+        return
+    at = int(usable[-1])
+    found = [b for b in blocks(p.trace, at) if b.skip > 0 and math.isfinite(b.branch)]
+    if len(found) < 2:
+        return
+    decades = sum(math.log10(math.hypot(b.skip, b.branch)) for b in found)
+    limit = math.log10(p.planned)
+    grown = decades > limit and not p.converged[-1]
+    idle = max(b.branch**2 for b in found) < IDLE / len(found)
+    if not grown and not idle:
+        return
+    branch = float(np.median([b.branch for b in found]))
+    many, even = len(found), 1 / math.sqrt(len(found))
+    told = {
+        "cause": "branches too large",
+        "sentence": f"The gradient grows {power(decades)} times over {many} residual blocks, by their branches.",
+        "remedy": f"scale each branch by 1/sqrt({many}) = {even:.2g}",
+        "expected": "total gain between 1 and 1.65",
+    }
+    if not grown:
+        told = {
+            "cause": "idle branches",
+            "sentence": f"The branches of {many} residual blocks carry almost nothing.",
+            "remedy": "enlarge the branches: their last weights, or their scale",
+            "expected": f"branch from {branch:.1g} to {even:.2g}",
+        }
+    yield Finding(
+        kind="residual_mismatch",
+        severity="harm" if grown else "warning",
+        layers=tuple(p.trace.layers[b.join].key for b in found),
+        onset_step=int(p.steps[at]),
+        evidence={"decades": decades, "limit": limit, "branch": branch, "blocks": float(many)},
+        confidence=1.0,
+        source="Yang & Schoenholz 2017: gain^2 = 1 + beta^2 a block; limits as for exploding",
+        why=f"The branch carries {branch:.2g} of what arrives at its sum.",
+        **told,
+    )
+
+
+def correlation_collapse(p: Profile) -> Iterator[Finding]:
+    """All samples look alike to the head (1 - c < e^-6) and the loss stands still."""
+    cosine = p.trace.column("z_cosine")[0][:, p.lines]
+    if len(p.lines) < 3:
+        return
+    alike = (1 - cosine[:, -2] < ALIKE) & (1 - cosine[:, 0] > APART) & p.plateau & p.finite & ~p.converged
+    told = verdict(p, alike)
+    if told is None or told[0] != "harm":
+        return
+    _, quote, onset, confidence = told
+    above, below = (float(np.median(1 - cosine[quote, k])) for k in (-2, 0))
+    yield Finding(
+        kind="correlation_collapse",
+        severity="harm",
+        layers=p.names([len(p.lines) - 2]),
+        onset_step=onset,
+        cause="forward pass",
+        evidence={"one_minus_cosine": above, "one_minus_cosine_first": below, "loss": float(p.losses[quote[-1]])},
+        confidence=confidence,
+        remedy="initialize at the critical weight variance with no bias, normalize, or add residual connections",
+        expected=f"1 - cosine of {p.title(len(p.lines) - 2)} from {above:.1g} to {below:.1g}",
+        source="Schoenholz et al. 2017: signals are trainable to about six correlation lengths",
+        sentence=f"All samples look alike to the last layer: their cosine below it is 1 - {above:.1g}.",
+        why=f"In {p.title(0)} it is {real(1 - below, 2)}: what tells them apart is lost on the way up.",
+    )
+
+
+def over_regularized(p: Profile) -> Iterator[Finding]:
+    """Weight decay pulls harder than the loss: lambda |W| > |g_W| in most layers, and the loss stands still."""
+    decay = float(p.trace.meta.get("optimizer", {}).get("weight_decay", 0.0) or 0.0)
+    if not decay or not p.sgd_like or not p.lines:
+        return
+    sizes = np.array([math.sqrt((p.trace.layers[i].fan_in or 1) * (p.trace.layers[i].units or 1)) for i in p.lines])
+    pull = decay * p.trace.column("W_rms")[0][:, p.lines] * sizes
+    push = p.trace.column("g_W_norm")[0][:, p.lines]
+    share = np.nanmean(np.where(np.isfinite(push), pull > push, np.nan), axis=1) if push.size else np.zeros(0)
+    told = verdict(p, (share > 0.5) & p.plateau & p.finite & ~p.converged)
+    if told is None or told[0] != "harm":
+        return
+    _, quote, onset, confidence = told
+    most = float(share[quote].mean())
+    ratio = float(np.nanmedian(pull[quote] / np.where(push[quote] > 0, push[quote], np.nan)))
+    yield Finding(
+        kind="over_regularized",
+        severity="harm",
+        layers=p.names(range(len(p.lines))),
+        onset_step=onset,
+        cause="weight decay",
+        evidence={"weight_decay": decay, "decay_over_gradient": ratio, "loss": float(p.losses[quote[-1]])},
+        confidence=confidence,
+        remedy=f"lower the weight decay from {decay:.2g} to {decay / max(10 * ratio, 10):.1g}",
+        expected=f"decay against gradient from {ratio:.2g} to under 0.1",
+        source="ours: both terms of the step, norm against norm",
+        sentence=f"Weight decay pulls {ratio:.2g} times as hard as the loss, in {percent(most)} of the layers.",
+        why=f"The loss stands at {p.losses[quote[-1]]:.3g} while the weights shrink.",
+    )

@@ -1,0 +1,147 @@
+"""Steps that are none, that overwrite what they meet, or that repeat old gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from bpdiag.diagnosis.finding import Finding, percent
+from bpdiag.diagnosis.harm import LEAST_TRAVEL, harmed_layers, verdict
+from bpdiag.diagnosis.ledger import WINDOW, Profile
+
+MOST_REACH = 1.0  # of a step: rms(dW)/rms(W) sqrt(fan_in); at 1 one step moves an output by its own size
+STALE = 0.5  # of what the optimizer meets is older than this step
+SHORT = 100  # steps: in fewer nothing is expected to move far
+RISING = 1.5  # a learning rate that has grown so much since the first sample is being warmed up
+
+
+def update_too_small(p: Profile) -> Iterator[Finding]:
+    """No layer moves: every travel under a tenth, though gradients arrive.
+
+    Exactly no update is harm.  One that is merely small is harm where the steps were planned, else a warning: how far a
+    layer may move depends on how long it is given.  A rate that is being warmed up is not judged by its start.
+    """
+    u = p.trace.column("update_ratio")[0][:, p.lines]
+    arrived = np.nan_to_num(p.trace.column("g_W_norm")[0][:, p.lines]).max(axis=1, initial=0) > 0
+    measured = np.isfinite(u).any(axis=1)
+    rates = _learning_rates(p)
+    rising = rates > RISING * rates[0] if rates[0] > 0 else rates > 0
+    far = np.where(np.isfinite(p.travel), p.travel, 0).max(axis=1, initial=0)
+    still = measured & arrived & ~p.converged & p.finite & (far < LEAST_TRAVEL) & ~rising
+    told = verdict(p, still)
+    if told is None or told[0] != "harm":
+        return
+    _, quote, onset, confidence = told
+    none = bool((np.nan_to_num(u[quote]).max(axis=1, initial=0) == 0).all())
+    if not none and (p.planned < SHORT or harmed_layers(p)[0][quote].any()):
+        return  # too short a run, or too little arrives: that is why
+    rate = float(np.median(rates[quote]))
+    cause = "learning rate 0" if none and rate == 0 else "updates rounded away" if none else "learning rate too small"
+    most = float(np.median(far[quote]))
+    moved = "no weight has changed" if none else f"no layer can move its output by more than {most:.1g} of itself"
+    given = p.trace.meta.get("planned_steps") is not None
+    remedy, expected = {
+        "learning rate 0": ("begin the schedule above 0: warm up from (step + 1)", "an update in every weight"),
+        "updates rounded away": (
+            "keep float32 master weights (autocast instead of a model in half precision), or raise the learning rate",
+            "an update in every weight",
+        ),
+        "learning rate too small": (
+            f"raise the learning rate from {rate:.2g} to {rate * LEAST_TRAVEL / most if most else rate:.2g} or more",
+            f"travel from {most:.1g} to {LEAST_TRAVEL} or more",
+        ),
+    }[cause]
+    yield Finding(
+        kind="update_too_small",
+        severity="harm" if none or given else "warning",
+        layers=p.names(range(len(p.lines))),
+        onset_step=onset,
+        cause=cause,
+        evidence={
+            "travel": most,
+            "learning_rate": rate,
+            "planned_steps": float(p.planned),
+            "loss": p.losses[quote[-1]],
+        },
+        confidence=confidence,
+        remedy=remedy,
+        expected=expected,
+        source="travel, ours: T u sqrt(fan_in) bounds the relative change of an output over T steps",
+        sentence=f"Nothing moves: over {p.planned:,} steps {moved}, though gradients arrive.",
+        why=f"The learning rate is {rate:.2g}." if math.isfinite(rate) else "",
+    )
+
+
+def update_too_large(p: Profile) -> Iterator[Finding]:
+    """Steps larger than what they change, and a loss that stands or has risen."""
+    fan_in = np.array([p.trace.layers[i].fan_in or 1 for i in p.lines], float)
+    reach = p.trace.column("update_ratio")[0][:, p.lines] * np.sqrt(fan_in)
+    usual = np.full_like(reach, np.nan)
+    for s in range(len(reach)):
+        window = reach[max(0, s - 2 * WINDOW + 1) : s + 1]
+        usual[s] = np.median(np.nan_to_num(window), axis=0)
+    first = p.losses[0] if len(p.losses) else math.nan
+    worse = p.plateau | (p.losses > 1.5 * first)
+    too_far = (usual > MOST_REACH) & (worse & ~p.converged & p.finite)[:, None]
+    told = verdict(p, too_far.any(axis=1)) if len(p.steps) >= 2 * WINDOW else None
+    if told is None or told[0] != "harm":
+        return
+    _, quote, onset, confidence = told
+    where = np.flatnonzero(too_far[quote].mean(axis=0) >= 0.5)
+    most = float(np.median(usual[quote].max(axis=1)))
+    rate = float(np.median(_learning_rates(p)[quote]))
+    less = f"{rate / most / 10:.1g}"
+    yield Finding(
+        kind="update_too_large",
+        severity="harm",
+        layers=p.names(where if where.size else range(len(p.lines))),
+        onset_step=onset,
+        cause="learning rate",
+        evidence={"reach": most, "learning_rate": rate, "loss": p.losses[quote[-1]], "first_loss": first},
+        confidence=confidence,
+        remedy=f"lower the learning rate from {rate:.2g} to {less}, or warm it up",
+        expected=f"reach of a step from {most:.2g} to {0.1:.1g}",
+        source="reach, ours: u sqrt(fan_in) bounds the relative change of an output in one step",
+        sentence=f"Every step overwrites what it meets: it can move an output by {most:.2g} of itself.",
+        why=f"The loss went from {first:.3g} to {p.losses[quote[-1]]:.3g}.",
+    )
+
+
+def stale_gradient(p: Profile) -> Iterator[Finding]:
+    """Gradients that are never cleared: a step adds to the sum of all before it."""
+    old, there = p.trace.column("g_W_stale_norm")
+    met = p.trace.column("g_W_raw_norm")[0]
+    share = np.where(there & (met > 0), old / np.where(met > 0, met, 1), np.nan)[:, p.lines]
+    moved = np.nan_to_num(p.trace.column("update_ratio")[0][:, p.lines]).max(axis=0, initial=0) > 0
+    share[:, ~moved] = np.nan  # who is in no optimizer is cleared by none
+    later = p.steps > 0
+    known = np.isfinite(share).any(axis=1)
+    stale = np.zeros(len(p.steps), bool)
+    stale[known] = np.nanmedian(share[known], axis=1) > STALE
+    # where it holds the parts may cancel: a sum of many keeps its share in most samples, not in each
+    if not (later & known).any() or stale[later & known].mean() <= STALE:
+        return
+    typical = float(np.nanmedian(share[later & known]))
+    yield Finding(
+        kind="stale_gradient",
+        severity="harm",
+        layers=p.names(range(len(p.lines))),
+        onset_step=int(p.steps[later][0]),
+        cause="gradients are never cleared",
+        evidence={"stale_share": typical, "loss": float(p.losses[-1])},
+        confidence=float(stale[later & known].mean()),
+        remedy="call optimizer.zero_grad() before every backward (before the first one of a step, if it has several)",
+        expected="nothing in .grad before a step's first backward",
+        source="structure: what .grad holds when a step's first backward comes to it",
+        sentence="Every step adds its gradient to those of all steps before: the optimizer follows their sum.",
+        why=f"Before its backward .grad holds {percent(min(typical, 9.99))} of the norm that the optimizer meets.",
+    )
+
+
+def _learning_rates(p: Profile) -> np.ndarray:
+    """(S,) of the first optimizer, where it is known; else nan."""
+    told = dict(zip(*(p.trace.steps_table[name].to_pylist() for name in ("step", "learning_rate")), strict=True))
+    rates = [told.get(int(step)) for step in p.steps]
+    return np.array([math.nan if rate is None else rate for rate in rates])

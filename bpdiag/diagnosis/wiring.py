@@ -1,0 +1,72 @@
+"""Parameters that stand outside: owned by no module, by no optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bpdiag.diagnosis.finding import Finding
+from bpdiag.diagnosis.ledger import Profile
+
+# reasons of the watcher's list of what it did not see (hooks.unseen)
+UNOWNED = "receives gradient, in no module of the model"
+LEFT_OUT = "in no optimizer, so never updated"
+STRANGER = "in an optimizer, in no module of the model"
+
+
+def disconnected(p: Profile) -> Iterator[Finding]:
+    """Weights that the forward pass uses and no step changes.
+
+    Unowned: the gradient reaches parameters that no module of the model has (layers kept in a plain list): harm, for no
+    optimizer can have been given them with the model's.  Left out: parameters that ask for gradient and are in no
+    optimizer.  Harm where the optimizer holds others in their place (a layer replaced after it was made) or where the
+    loss stands still; else a warning, as for a head trained alone on a body that nobody froze.
+    """
+    listed = p.trace.meta.get("unseen") or []
+    by_reason = {
+        reason: [line["name"] for line in listed if line["what"] == "parameter" and line["reason"].startswith(reason)]
+        for reason in (UNOWNED, LEFT_OUT, STRANGER)
+    }
+    still = bool(len(p.plateau) and p.plateau[-1])
+    if unowned := by_reason[UNOWNED]:
+        yield _finding(
+            p,
+            "unowned parameters: not in the optimizer",
+            "harm",
+            unowned,
+            f"{_count(unowned)} of the forward pass belong to no module of the model: nothing ever updates them.",
+            "The gradient reaches them; model.parameters() does not know them: layers in a plain list, dict or tuple.",
+            "keep layers in nn.ModuleList or nn.ModuleDict, bare weights as nn.Parameter attributes",
+        )
+    if left := by_reason[LEFT_OUT]:
+        replaced = bool(by_reason[STRANGER])
+        why = "The optimizer holds others, which no module of the model has: they were replaced after it was made."
+        yield _finding(
+            p,
+            "left out of the optimizer",
+            "harm" if replaced or still else "warning",
+            left,
+            f"{_count(left)} of the model ask for gradient and are in no optimizer: they never change.",
+            why if replaced else "What is meant to stay as it is says so with requires_grad_(False).",
+            "make the optimizer after the model is complete, from all its parameters",
+        )
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} parameter{'s' * (len(names) > 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+
+
+def _finding(p: Profile, cause: str, severity: str, names: list[str], sentence: str, why: str, remedy: str) -> Finding:
+    return Finding(
+        kind="disconnected",
+        severity=severity,
+        layers=tuple(dict.fromkeys(f"{name.rpartition('.')[0]}#0" for name in names if "." in name)),
+        onset_step=int(p.steps[0]),
+        cause=cause,
+        evidence={"parameters": float(len(names)), "loss": float(p.losses[-1])},
+        confidence=1.0,
+        remedy=remedy,
+        expected="an update in every weight",
+        source="the model's parameters against autograd's leaves and the optimizer's groups: structure, no threshold",
+        sentence=sentence,
+        why=why,
+    )

@@ -1,0 +1,287 @@
+"""Real nets with one fault each and their mended twins: the right finding, and none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import bpdiag
+from bpdiag import watch
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
+
+G = torch.Generator().manual_seed(0)
+X = torch.randn(64, 20, generator=G)
+Y = (X @ torch.randn(20, 5, generator=G)).argmax(1)
+T = torch.randn(64, generator=G)
+
+
+def mlp(*last, n_out=5, act=nn.ReLU):
+    return nn.Sequential(nn.Linear(20, 32), act(), nn.Linear(32, 32), act(), nn.Linear(32, n_out), *last)
+
+
+def classify(out):
+    return F.cross_entropy(out, Y)
+
+
+def sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+@dataclass
+class Case:
+    """A sick net, its twin, and what is found in the sick one."""
+
+    found: tuple[str, str]  # kind, words of the cause
+    sick: Callable
+    mended: Callable
+    steps: int = 30
+
+
+def fit(model, loss=classify, optimizer=sgd, clear=True, x=X, schedule=None, planned=1000):
+    """All that a run needs, made in one order from one seed."""
+    return lambda: (model, loss, optimizer, clear, x, schedule, planned)
+
+
+def findings(make, steps):
+    torch.manual_seed(1)
+    model, loss, make_optimizer, clear, x, schedule, planned = make()
+    model = model() if isinstance(model, type) or not isinstance(model, nn.Module) else model
+    optimizer = make_optimizer(model)
+    scheduler = schedule and torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    with watch(model, optimizer, planned_steps=planned) as watching:
+        for _ in range(steps):
+            if clear:
+                optimizer.zero_grad()
+            watching.loss(loss(model(x))).backward()
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+    return bpdiag.diagnose(watching.trace)
+
+
+class Listed(nn.Module):
+    def __init__(self, keep):
+        super().__init__()
+        self.first, self.head = nn.Linear(20, 32), nn.Linear(32, 5)
+        self.hidden = keep([nn.Linear(32, 32), nn.Linear(32, 32)])
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for layer in self.hidden:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+class Blocks(nn.Module):
+    """x + scale W relu(x), with He's weights."""
+
+    def __init__(self, depth, scale):
+        super().__init__()
+        self.first, self.head = nn.Linear(20, 64), nn.Linear(64, 5)
+        self.inner = large(nn.ModuleList(nn.Linear(64, 64) for _ in range(depth)), 2)
+        self.sums, self.act, self.scale = nn.ModuleList(Sum() for _ in range(depth)), nn.ReLU(), scale
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer, total in zip(self.inner, self.sums, strict=True):
+            x = total(x, self.scale * layer(self.act(x)))
+        return self.head(x)
+
+
+class Sum(nn.Module):
+    def forward(self, skip, branch):
+        return skip + branch
+
+
+def replaced(when):
+    """The head is replaced before or after the optimizer is made."""
+
+    def optimizer(model):
+        made = sgd(model)
+        if when == "after":
+            model[4] = nn.Linear(32, 5)
+        return made
+
+    return optimizer
+
+
+def large(model, variance):
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0, (variance / layer.in_features) ** 0.5)
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+CASES = {
+    "softmax before cross-entropy": Case(
+        ("loss_interface", "softmax before the softmax"), fit(lambda: mlp(nn.Softmax(1))), fit(mlp)
+    ),
+    "softmax before cross-entropy, in the loss": Case(
+        ("loss_interface", "softmax before the softmax"), fit(mlp, lambda out: classify(out.softmax(1))), fit(mlp)
+    ),
+    "sigmoid before cross-entropy": Case(
+        ("loss_interface", "sigmoid before the softmax"), fit(lambda: mlp(nn.Sigmoid())), fit(mlp)
+    ),
+    "relu on the logits": Case(("loss_interface", "dead logits: relu"), fit(lambda: mlp(nn.ReLU())), fit(mlp)),
+    "sigmoid twice": Case(
+        ("loss_interface", "sigmoid before the sigmoid"),
+        fit(
+            lambda: mlp(nn.Sigmoid(), n_out=1),
+            lambda out: F.binary_cross_entropy_with_logits(out[:, 0], (Y > 2).float()),
+        ),
+        fit(lambda: mlp(n_out=1), lambda out: F.binary_cross_entropy_with_logits(out[:, 0], (Y > 2).float())),
+    ),
+    "nll of raw outputs": Case(
+        ("loss_interface", "nll_loss without log_softmax"),
+        fit(mlp, lambda out: F.nll_loss(out, Y)),
+        fit(lambda: mlp(nn.LogSoftmax(1)), lambda out: F.nll_loss(out, Y)),
+    ),
+    "a broadcast target": Case(
+        ("loss_interface", "broadcast"),
+        fit(lambda: mlp(n_out=1), lambda out: F.mse_loss(out, T)),
+        fit(lambda: mlp(n_out=1), lambda out: F.mse_loss(out, T[:, None])),
+    ),
+    "a broadcast target, by hand": Case(
+        ("loss_interface", "broadcast"),
+        fit(lambda: mlp(n_out=1), lambda out: (out - T).square().mean()),
+        fit(lambda: mlp(n_out=1), lambda out: (out[:, 0] - T).square().mean()),
+    ),
+    "softmax over the batch": Case(
+        ("loss_interface", "softmax over the batch"),
+        fit(mlp, lambda out: -out.log_softmax(0)[range(64), Y].mean()),
+        fit(mlp, lambda out: -out.log_softmax(1)[range(64), Y].mean()),
+    ),
+    "layers in a list": Case(
+        ("disconnected", "unowned"), fit(lambda: Listed(list)), fit(lambda: Listed(nn.ModuleList))
+    ),
+    "a head replaced after the optimizer was made": Case(
+        ("disconnected", "left out"), fit(mlp, optimizer=replaced("after")), fit(mlp, optimizer=replaced("before"))
+    ),
+    "gradients never cleared": Case(("stale_gradient", "never cleared"), fit(mlp, clear=False), fit(mlp)),
+    "gradients never cleared under Adam": Case(
+        ("stale_gradient", "never cleared"),
+        fit(mlp, optimizer=lambda m: torch.optim.Adam(m.parameters(), 1e-3), clear=False),
+        fit(mlp, optimizer=lambda m: torch.optim.Adam(m.parameters(), 1e-3)),
+    ),
+    "a schedule that stands at 0": Case(
+        ("update_too_small", "learning rate 0"),
+        fit(mlp, schedule=lambda step: step // 100),
+        fit(mlp, schedule=lambda step: min(1, step / 10)),
+    ),
+    "a learning rate of a millionth": Case(
+        ("update_too_small", "too small"), fit(mlp, optimizer=lambda m: sgd(m, 1e-7)), fit(mlp)
+    ),
+    "half precision eats every step": Case(
+        ("update_too_small", "rounded away"),
+        fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: sgd(m, 1e-5), x=X.bfloat16()),
+        fit(mlp, optimizer=sgd),
+    ),
+    "tanh of weights far too large": Case(
+        ("saturated", "initialization"),
+        fit(lambda: large(mlp(act=nn.Tanh), 60)),
+        fit(lambda: large(mlp(act=nn.Tanh), 1)),
+    ),
+    "tanh of pixels from 0 to 255": Case(
+        ("saturated", "input scale"),
+        fit(lambda: mlp(act=nn.Tanh), x=100 * X.abs()),
+        fit(lambda: mlp(act=nn.Tanh), x=X.abs()),
+    ),
+    "relu of pixels from 0 to 255": Case(
+        ("forward_scale", "input scale"),
+        fit(lambda: large(mlp(), 2), x=100 * X.abs(), optimizer=lambda m: sgd(m, 1e-6)),
+        fit(lambda: large(mlp(), 2), x=X.abs()),
+    ),
+    "no activation at all": Case(
+        ("linear_stack", "no activation"),
+        fit(lambda: nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 32), nn.Linear(32, 5))),
+        fit(mlp),
+    ),
+    "sixteen blocks with branches at full size": Case(
+        ("residual_mismatch", "branches too large"),
+        fit(lambda: Blocks(16, 1.0), optimizer=lambda m: sgd(m, 1e-8), planned=90),
+        fit(lambda: Blocks(16, 0.25), optimizer=lambda m: sgd(m, 1e-2), planned=90),
+    ),
+    "a decay that outweighs the loss": Case(
+        ("over_regularized", "weight decay"),
+        fit(mlp, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.05, weight_decay=2.0)),
+        fit(mlp, optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.05, weight_decay=1e-4)),
+        steps=60,
+    ),
+    "relu of weights far too large": Case(
+        ("forward_scale", "initialization"),
+        fit(lambda: large(mlp(), 30), optimizer=lambda m: sgd(m, 1e-5)),
+        fit(lambda: large(mlp(), 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fault_is_named_and_its_twin_is_silent(name):
+    case = CASES[name]
+    kind, cause = case.found
+    found = findings(case.sick, case.steps)
+    assert [f.kind for f in found] == [kind], found
+    assert cause in found[0].cause
+    assert found[0].severity == "harm"
+    assert all((found[0].sentence, found[0].why, found[0].remedy, found[0].expected, found[0].source))
+    assert findings(case.mended, case.steps) == []
+
+
+# ---- what looks so and is none ----------------------------------------------------------------------------
+
+
+def silent(make, steps=30):
+    assert [f for f in findings(make, steps) if f.severity == "harm"] == []
+
+
+def test_a_log_softmax_before_cross_entropy_changes_nothing():
+    silent(fit(lambda: mlp(nn.LogSoftmax(1))))
+
+
+def test_logits_squashed_and_stretched_again_are_meant_so():
+    silent(fit(mlp, lambda out: classify(10 * out.tanh())))
+
+
+def test_a_relu_before_a_loss_that_wants_one():
+    silent(fit(lambda: mlp(nn.ReLU(), n_out=1), lambda out: F.mse_loss(out[:, 0], T.abs())))
+
+
+def test_pairs_compared_on_purpose():
+    """A contrastive loss holds every sample against every other."""
+    silent(fit(mlp, lambda out: F.cross_entropy(F.normalize(out) @ F.normalize(out).t() * 5, torch.arange(64))))
+
+
+def test_a_head_trained_alone_is_a_warning():
+    found = findings(fit(mlp, optimizer=lambda m: torch.optim.SGD(m[4].parameters(), 0.5)), 30)
+    assert [(f.kind, f.severity) for f in found] == [("disconnected", "warning")]
+
+
+def test_a_critic_that_sees_what_a_generator_made_has_no_foreign_parameters():
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(4, 20), mlp(n_out=1)
+    optimizer = sgd(critic)
+    with watch(critic, optimizer) as watching:
+        for _ in range(3):
+            F.softplus(critic(generator(torch.randn(8, 4)))).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not [line for line in watching.trace.meta["unseen"] if "in no module" in line["reason"]]
+
+
+def test_micro_batches_are_not_stale():
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = sgd(model)
+    with watch(model, optimizer) as watching:
+        for _ in range(10):
+            for x, y in zip(X.split(16), Y.split(16), strict=True):
+                (watching.loss(F.cross_entropy(model(x), y)) / 4).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert bpdiag.diagnose(watching.trace) == []
