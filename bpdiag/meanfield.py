@@ -144,6 +144,31 @@ def _moments(rule: type[Activation], q: float) -> Moments:
     return Moments(mean, square, slope, kappa, stretch / math.sqrt(q))
 
 
+def flat_share(rule: type[Activation], q: float, below: float) -> float:
+    """P(|phi'(sqrt(q) x)| < below), the share of elements whose slope is so small, to 1/2000.
+
+    Example:
+        >>> from bpdiag.rules import ACTIVATIONS
+        >>> round(flat_share(ACTIVATIONS["tanh"], 4.0, 0.05), 3)  # |z| > 2.178
+        0.276
+    """
+    x = torch.special.ndtri((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)
+    return float((_both(rule, math.sqrt(q) * x)[1].abs() < below).double().mean())
+
+
+def first_loss(q: float, classes: int) -> float:
+    """E ln sum_k exp(z_k),  z_k ~ N(0, q): the cross-entropy of logits that know nothing; ln K at q = 0.
+
+    The mean over 4,096 draws, always the same.
+
+    Example:
+        >>> round(first_loss(0.0, 10), 4), round(first_loss(2.0, 10), 1)
+        (2.3026, 3.1)
+    """
+    draws = torch.randn(4096, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return float(torch.logsumexp(math.sqrt(q) * draws, 1).mean())
+
+
 # ---- a layer of equals: lengths, correlations, depth scales --------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from bpdiag.config import Config, ModelConfig, UsageError, planned_steps
 from bpdiag.initialization import BIAS_PRESETS, number, variances
 from bpdiag.meanfield import Plan, Theory
 from bpdiag.rules import ACTIVATIONS
+from bpdiag.statistics import SATURATED
 from bpdiag.trace import Layer, Sample, Trace
 
 COVERED = ("mlp",)  # the models that the theory knows
@@ -224,10 +225,12 @@ def as_trace(config: Config, given: Source, planned: Plan, theory: Theory) -> Tr
     meta = {
         "config": dataclasses.asdict(config),
         "planned_steps": max(planned_steps(config, given.samples), 1),
+        "loss": "cross_entropy",
         "optimizer": optimizer if o.name == "sgd" else {**optimizer, "momentum": 0.0},
     }
     told = [(0, i, {name: value for name, value in row.items() if not math.isnan(value)}) for i, row in enumerate(rows)]
-    return Trace.build(layers, [Sample(0, layers, told, [])], meta)
+    loss = meanfield.first_loss(theory.length[-1], given.classes)
+    return Trace.build(layers, [Sample(0, layers, told, [(0, loss)])], meta)
 
 
 def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple[list[Layer], list[dict[str, float]]]:
@@ -236,7 +239,7 @@ def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple
     top = math.sqrt((given.classes - 1) / given.classes / batch)  # |g_z_L| of a guess, mean reduction
     with np.errstate(over="ignore"):
         g_z, g_a = top * 10.0**theory.decades, np.append(top * 10.0 ** theory.decades[1:], 0.0) * theory.weight_factor
-    gains = theory.gain
+    gains, z_below = theory.gain, math.sqrt(theory.fed[0])
     layers: list[Layer] = []
     rows: list[dict[str, float]] = []
     for l in range(depth):  # noqa: E741
@@ -254,7 +257,10 @@ def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple
             "decades": float(theory.decades[l]),
             "W_rms": W_rms,
             "update_ratio": step / W_rms if W_rms else math.nan,
+            "forward_gain": z_rms / z_below if z_below else math.nan,
+            **({} if l else {"x_rms": z_below}),
         }
+        z_below = z_rms
         on: dict[str, Any] = {}
         if straight:
             on = {"next": at + len(names) + 1, "via": tuple(range(at + 1, at + 1 + len(names)))}
@@ -269,7 +275,12 @@ def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple
             row: dict[str, float] = {}
             if name == rule.name:
                 acts = {"activation": name, "largest_slope": rule.largest_slope, "r": rule.r}
-                row = {"slope_rms": float(theory.slope[l]), "g_a_norm": scale * float(g_a[l])}
+                q = float(theory.length[l]) if norm is None else 1.0
+                row = {
+                    "a_saturated_fraction": meanfield.flat_share(rule, q, SATURATED * rule.largest_slope),
+                    "slope_rms": float(theory.slope[l]),
+                    "g_a_norm": scale * float(g_a[l]),
+                }
             elif name == norm:  # what stands between slope and norm
                 row = {"g_z_norm": scale * float(g_a[l] * theory.slope[l])}
             layers.append(Layer(f"{name}{l + 1}", 0, name, (batch, n_out), (len(layers) - 1,), **acts))

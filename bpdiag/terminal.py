@@ -87,7 +87,7 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
     """
     shown = {heading: told for heading, told in COLUMNS.items() if width >= told[0]}
     if band is not None:
-        shown = {heading: told for heading, told in shown.items() if told[2] == "own"}
+        shown.pop("dead", None)  # of several batches of a real run
     bar = BAR if width >= 96 else BAR // 2
     title = f"step {p.steps[at]}" + (", expected" if band is not None else "")
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")

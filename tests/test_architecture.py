@@ -40,7 +40,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
     "prediction": (
-        {"meanfield", "rules", "initialization", "model", "data", "diagnosis"},
+        {"meanfield", "rules", "statistics", "initialization", "model", "data", "diagnosis"},
         {"torch", "numpy"},
     ),
     "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),

@@ -77,6 +77,11 @@ def test_a_real_first_step_is_as_expected(model):
         one, other = measured.ledger[owner][0][1:-1], expected.ledger[owner][0][1:-1]
         assert one == pytest.approx(other, abs=0.05, nan_ok=True)
     assert measured.hidden_gain(0) == pytest.approx(expected.hidden_gain(0), rel=0.03)
+    for at, layer in enumerate(real.layers):
+        if layer.activation:
+            share = [trace.value("a_saturated_fraction", at, 0) for trace in (real, told)]
+            assert share[0] == pytest.approx(share[1], abs=0.03)
+    assert real.losses[1][0] == pytest.approx(told.losses[1][0], rel=0.1)
     updates = [p.trace.column("update_ratio")[0][0][p.lines] for p in (measured, expected)]
     seen = measured.decades[0] > -5  # below, a step is lost in the weights' rounding
     assert (np.abs(np.log10(updates[0] / updates[1]))[seen] < 0.7).all()  # samples agree a little
@@ -137,6 +142,21 @@ def test_an_optimizer_that_divides_scale_out_lives_until_its_eps(depth, optimize
     assert expect(asked(600, optimizer, depth=depth, weight_variance="torch"))["verdict"] == verdict
 
 
+SIGMOID, BLOCKS = {"activation": "sigmoid", "depth": 5}, {"residual": "identity", "depth": 50}
+
+
+@pytest.mark.parametrize(
+    ("sick", "kind", "healthy"),
+    [
+        (SIGMOID | {"weight_variance": "100"}, "saturated", SIGMOID | {"weight_variance": "1"}),
+        (BLOCKS | {"weight_variance": "torch"}, "forward_scale", BLOCKS | {"branch_scale": "1/sqrt(blocks)"}),
+    ],
+)
+def test_beginnings_are_judged_too(sick, kind, healthy):
+    assert [(f.kind, f.cause) for f in diagnosis.diagnose(predict(asked(**sick)))] == [(kind, "initialization")]
+    assert kind not in [f.kind for f in diagnosis.diagnose(predict(asked(**healthy)))]
+
+
 def test_how_deep():
     """(L - 1) log10(1 / .4082) <= log10 860 up to L = 8; at the critical variance without end."""
     assert 7 * -math.log10(6**-0.5) < math.log10(860) < 8 * -math.log10(6**-0.5)
@@ -170,7 +190,7 @@ def test_small_nets_are_told_too(model, capsys):
 def test_numbers_beyond_the_format_are_not_finite():
     trace = predict(asked(depth=200, weight_variance="16"))
     (finding,) = diagnosis.diagnose(trace)
-    assert (finding.kind, finding.cause) == ("non_finite", "forward")
+    assert (finding.kind, finding.cause) == ("non_finite", "exploding forward")
     assert finding.layers == ("linear86#0",)  # 8^86 is the first above the square of 3.4e38, times 2/16
     assert trace.meta["predicted"]["critical"]["verdict"] == "lives"
 
