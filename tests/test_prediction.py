@@ -149,7 +149,11 @@ SIGMOID, BLOCKS = {"activation": "sigmoid", "depth": 5}, {"residual": "identity"
     ("sick", "kind", "healthy"),
     [
         (SIGMOID | {"weight_variance": "100"}, "saturated", SIGMOID | {"weight_variance": "1"}),
-        (BLOCKS | {"weight_variance": "torch"}, "forward_scale", BLOCKS | {"branch_scale": "1/sqrt(blocks)"}),
+        (
+            BLOCKS | {"weight_variance": "torch"},
+            "forward_scale",
+            BLOCKS | {"branch_scale": "1/sqrt(blocks)", "weight_variance": "torch"},
+        ),
     ],
 )
 def test_beginnings_are_judged_too(sick, kind, healthy):
