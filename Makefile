@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench zoo clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -16,6 +16,11 @@ check: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
+
+# Every architecture of tests/zoo_*.py, and the page of what was found: docs/compatibility.md.
+zoo: .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[zoo]'
+	$(BIN)/python tests/zoo.py
 
 # The stamp is written last: an interrupted install is begun anew.
 .venv: .venv/installed

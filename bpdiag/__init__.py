@@ -21,10 +21,24 @@ _PUBLIC = {
     "diagnose": "diagnosis",
     "load": "training",
     "notes": "diagnosis",
+    "predict": "prediction",
     "train": "training",
     "watch": "session",
 }
-__all__ = ["RULES", "Chain", "Config", "Finding", "Result", "Trace", "diagnose", "load", "notes", "train", "watch"]
+__all__ = [
+    "RULES",
+    "Chain",
+    "Config",
+    "Finding",
+    "Result",
+    "Trace",
+    "diagnose",
+    "load",
+    "notes",
+    "predict",
+    "train",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

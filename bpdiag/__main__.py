@@ -25,6 +25,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag [KEY=VALUE ...]           train MNIST, watch every layer, say where the gradient died and why
   bpdiag -m KEY=VALUE,VALUE ...    every combination, one table at the end
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
+  bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
   bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
@@ -200,7 +201,36 @@ def _chain(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"diagnose": _diagnose, "diff": _diff, "chain": _chain}
+def _predict(arguments: list[str]) -> int:
+    """``bpdiag predict KEY=VALUE ...``: what theory expects of a run, untrained."""
+    parser = argparse.ArgumentParser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of a run: bpdiag --help has them")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    told = parser.parse_intermixed_args(arguments)
+    config = _composed(told.words)
+
+    from bpdiag import diagnosis, terminal
+    from bpdiag.prediction import predict
+    from bpdiag.training import check_names
+
+    check_names(config)
+    trace = predict(config)
+    findings = diagnosis.diagnose(trace)
+    if told.json:
+        from bpdiag.trace import plain
+
+        print(json.dumps(plain({**diagnosis.summarize(trace, findings), "findings": findings}), indent=1))
+    else:
+        terminal.forecast(trace, findings, terminal.console())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "predict": _predict,
+    "diagnose": _diagnose,
+    "diff": _diff,
+    "chain": _chain,
+}
 
 
 # ---- training through Hydra -------------------------------------------------------------------------------
@@ -209,22 +239,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {"diagnose": _diagnose, "diff"
 def _train(arguments: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    from bpdiag.launcher import TELLS, JobsFailedError, job_folder
+    from bpdiag.launcher import TELLS, JobsFailedError
 
     flags = [word for word in arguments if word in ("--json", "--quiet")]
     arguments = [word for word in arguments if word not in flags]
     TELLS.set(flags[-1][2:] if flags else "text")
-    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-    OmegaConf.register_new_resolver("run_name", lambda experiment, data: experiment or data, replace=True)
-    ConfigStore.instance().store(name="schema", node=Config, provider="bpdiag")
     told = get_args_parser().parse_args(arguments)
-    with _as_argv(arguments):
+    with _hydra_in_words(), _as_argv(arguments):
         try:
             if not (told.info or told.hydra_help or told.shell_completion):
                 _check(told.overrides, told.multirun, told.config_dir)
@@ -232,8 +254,8 @@ def _train(arguments: list[str]) -> int:
         except JobsFailedError as error:
             print(f"bpdiag: {error}", file=sys.stderr)
             return 1
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            raise UsageError(_in_short(error)) from error
+        except _refusals():
+            raise
         except (UsageError, BrokenPipeError):
             raise
         except OSError as error:  # a full disk, a folder that may not be written
@@ -243,6 +265,61 @@ def _train(arguments: list[str]) -> int:
             traceback.print_exc()
             return 1
     return 0
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """How Hydra, OmegaConf and YAML say no."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    return HydraException, OmegaConfBaseException, YAMLError
+
+
+@contextmanager
+def _hydra_in_words() -> Iterator[None]:
+    """Hydra knows our schema inside; what it refuses is told as a UsageError."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    from bpdiag.launcher import job_folder
+
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+    OmegaConf.register_new_resolver("run_name", lambda experiment, data: experiment or data, replace=True)
+    ConfigStore.instance().store(name="schema", node=Config, provider="bpdiag")
+    try:
+        yield
+    except _refusals() as error:
+        raise UsageError(_in_short(error)) from error
+
+
+def _composed(overrides: list[str]) -> Config:
+    """One run's configuration, composed and checked as a run's is; nothing is written.
+
+    Raises:
+        UsageError: A key or a value cannot be used, or several values are given.
+    """
+    from hydra import compose, initialize_config_dir
+
+    with _hydra_in_words(), initialize_config_dir(str(conf()), version_base="1.3", job_name="bpdiag"):
+        swept = [o.input_line for o in _understood(overrides, None) if o.is_sweep_override()]
+        if swept:
+            raise UsageError(f"{swept[0]}: one value at a time")
+        return _config(compose("config", overrides))
+
+
+def _understood(overrides: list[str], config_dir: str | None) -> list[Any]:
+    """Each override by Hydra's grammar, its key known."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for word in overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise UsageError(f"{word}: not KEY=VALUE")
+    parser = OverridesParser.create()
+    parsed = [_parsed(parser, word) for word in overrides]
+    for override in parsed:
+        _check_key(override, config_dir)
+    return parsed
 
 
 @contextmanager
@@ -318,13 +395,7 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
     if config_dir is not None and not says_yes(Path(config_dir).is_dir):
         raise UsageError(f"--config-dir {config_dir}: no such folder; it holds your own experiment/NAME.yaml")
     with initialize_config_dir(str(conf()), version_base="1.3", job_name="bpdiag"):
-        for word in overrides:
-            if "=" not in word and not word.startswith("~"):
-                raise UsageError(f"{word}: not KEY=VALUE")
-        parser = OverridesParser.create()
-        parsed = [_parsed(parser, word) for word in overrides]
-        for override in parsed:
-            _check_key(override, config_dir)
+        parsed = _understood(overrides, config_dir)
         fixed = [word for word, o in zip(overrides, parsed, strict=True) if not o.is_sweep_override()]
         if config_dir is not None:
             fixed.append(f"hydra.searchpath=[file://{Path(config_dir).absolute()}]")
@@ -342,7 +413,7 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
             jobs = [fixed]
         elif base.hydra.sweeper._target_.endswith("BasicSweeper"):
             params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
-            grid = parser.parse_overrides([*params, *overrides])
+            grid = OverridesParser.create().parse_overrides([*params, *overrides])
             extra = fixed[len(parsed) - len(swept) :]
             jobs = [[*job, *extra] for job in BasicSweeper.split_arguments(grid, None)[0]]
             twice = next((job for i, job in enumerate(jobs) if job in jobs[:i]), None)

@@ -121,6 +121,17 @@ class Config:
     expect: list[Expectation] = field(default_factory=list)  # of an experiment; no run reads it
 
 
+def planned_steps(config: Config, samples: int) -> int:
+    """Steps of a run over so many samples: those of the epochs, or fewer where ``training.steps`` says so.
+
+    Example:
+        >>> planned_steps(Config(), 55_000)
+        860
+    """
+    planned = config.training.epochs * math.ceil(samples / config.data.batch_size)
+    return min(planned, config.training.steps or planned)
+
+
 # key: (smallest, largest); both ends allowed
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),

@@ -7,7 +7,8 @@ the numbers that one input reaches (N_out; C_out times the places).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,34 +32,44 @@ def fan_out(W: Tensor) -> int:
     return W[:, 0].numel()
 
 
+def he(rule: type[Activation], fan_in: int, fan_out: int) -> float:
+    """sigma_w^2 = 2: keeps the backward gain of a relu net at 1 (He et al. 2015, eq. 14)."""
+    return 2.0
+
+
+def lecun(rule: type[Activation], fan_in: int, fan_out: int) -> float:
+    """sigma_w^2 = 1: keeps it at 1 where the slope at 0 is 1 (LeCun et al. 1998, eq. 16)."""
+    return 1.0
+
+
+def glorot(rule: type[Activation], fan_in: int, fan_out: int) -> float:
+    """Var W = 2 / (fan_in + fan_out): a compromise of both directions (Glorot & Bengio 2010, eq. 12)."""
+    return 2 * fan_in / (fan_in + fan_out)
+
+
+def torch_default(rule: type[Activation], fan_in: int, fan_out: int) -> float:
+    """sigma_w^2 = 1/3: the default of torch's linear and convolution, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    return 1 / 3
+
+
+def critical(rule: type[Activation], fan_in: int, fan_out: int) -> float:
+    """sigma_w^2 = 1/r^2: critical for the activation, in theory's two classes."""
+    return 1 / rule.r**2
+
+
 def normal(W: Tensor, variance: float, generator: torch.Generator) -> None:
     """W ~ N(0, variance / fan_in)."""
     W.normal_(0, math.sqrt(variance / fan_in(W)), generator=generator)
 
 
-def he(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """sigma_w^2 = 2: keeps the backward gain of a relu net at 1 (He et al. 2015, eq. 14)."""
-    normal(W, 2.0, generator)
-
-
-def lecun(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """sigma_w^2 = 1: keeps it at 1 where the slope at 0 is 1 (LeCun et al. 1998, eq. 16)."""
-    normal(W, 1.0, generator)
-
-
-def glorot(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """Var W = 2 / (fan_in + fan_out), normal: a compromise of both directions (Glorot & Bengio 2010, eq. 12)."""
-    normal(W, 2 * fan_in(W) / (fan_in(W) + fan_out(W)), generator)
-
-
-def torch_default(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """W ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch's linear and convolution, sigma_w^2 = 1/3."""
-    bound = 1 / math.sqrt(fan_in(W))
+def uniform(W: Tensor, variance: float, generator: torch.Generator) -> None:
+    """W ~ U(-bound, bound),  bound^2 = 3 variance / fan_in."""
+    bound = math.sqrt(3 * variance / fan_in(W))
     W.uniform_(-bound, bound, generator=generator)
 
 
-def orthogonal(W: Tensor, rule: type[Activation], generator: torch.Generator) -> None:
-    """Equal singular values, of the size critical for the activation: sig = 1/r (Saxe et al. 2014, section 3).
+def orthogonal(W: Tensor, variance: float, generator: torch.Generator) -> None:
+    """Equal singular values, of the size that makes sigma_w^2 the variance (Saxe et al. 2014, section 3).
 
     They are those of the matrix (fan_out of one place, fan_in) that a convolution's weight is when it is written flat.
     """
@@ -67,16 +78,24 @@ def orthogonal(W: Tensor, rule: type[Activation], generator: torch.Generator) ->
     Q, R = torch.linalg.qr(draw)
     Q = Q * torch.sign(torch.diagonal(R))  # else the draw is not uniform over the rotations
     M.copy_(Q if M.shape == Q.shape else Q.t())
-    M.mul_(max(1.0, math.sqrt(M.shape[0] / M.shape[1])) / rule.r)
+    M.mul_(max(1.0, math.sqrt(M.shape[0] / M.shape[1])) * math.sqrt(variance))
 
 
-# a preset of the weights: (rule of the weights, sigma_b^2 fan_in of the bias that goes with it)
+@dataclass(frozen=True)
+class Preset:
+    """How large weights begin, how they are drawn, and the bias that goes with them."""
+
+    weight_variance: Callable[[type[Activation], int, int], float]  # (rule, fan_in, fan_out) -> sigma_w^2
+    draw: Callable[[Tensor, float, torch.Generator], None]  # of W with that sigma_w^2
+    bias: float  # Var b fan_in, uniform
+
+
 INITIALIZERS = {
-    "he": (he, 0.0),
-    "lecun": (lecun, 0.0),
-    "glorot": (glorot, 0.0),
-    "torch": (torch_default, 1 / 3),
-    "orthogonal": (orthogonal, 0.0),
+    "he": Preset(he, normal, 0.0),
+    "lecun": Preset(lecun, normal, 0.0),
+    "glorot": Preset(glorot, normal, 0.0),
+    "torch": Preset(torch_default, uniform, 1 / 3),
+    "orthogonal": Preset(critical, orthogonal, 0.0),
 }
 BIAS_PRESETS = ("preset", *INITIALIZERS)
 
@@ -102,19 +121,36 @@ def number(key: str, value: str, presets: Iterable[str]) -> float | None:
     return found
 
 
+def variances(config: ModelConfig, fan_in: int, fan_out: int) -> tuple[float, float]:
+    """(sigma_w^2, sigma_b^2) = (Var W fan_in, Var b) of a layer, as ``config`` has it.
+
+    Example:
+        >>> variances(ModelConfig(weight_variance="glorot", bias_variance="0.5"), 30, 10)
+        (1.5, 0.5)
+    """
+    rule = ACTIVATIONS[config.activation]
+    weights = number("model.weight_variance", config.weight_variance, INITIALIZERS)
+    if weights is None:
+        weights = INITIALIZERS[config.weight_variance].weight_variance(rule, fan_in, fan_out)
+    biases = number("model.bias_variance", config.bias_variance, BIAS_PRESETS)
+    if biases is None:
+        biases = _bias_of_preset(config) / fan_in
+    return weights, biases
+
+
+def _bias_of_preset(config: ModelConfig) -> float:
+    """Var b fan_in where no number is given."""
+    preset = config.weight_variance if config.bias_variance == "preset" else config.bias_variance
+    return INITIALIZERS[preset].bias if preset in INITIALIZERS else 0.0
+
+
 def initialize(W: Tensor, b: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
     """Draw W, then b, as ``config`` says; a bias without variance draws nothing."""
-    rule = ACTIVATIONS[config.activation]
-    variance = number("model.weight_variance", config.weight_variance, INITIALIZERS)
-    if variance is None:
-        INITIALIZERS[config.weight_variance][0](W, rule, generator)
-    else:
-        normal(W, variance, generator)
-    spread = number("model.bias_variance", config.bias_variance, BIAS_PRESETS)
-    if spread is not None:
-        b.normal_(0, math.sqrt(spread), generator=generator)
+    weights, biases = variances(config, fan_in(W), fan_out(W))
+    preset = INITIALIZERS.get(config.weight_variance)
+    (preset.draw if preset else normal)(W, weights, generator)
+    if number("model.bias_variance", config.bias_variance, BIAS_PRESETS) is not None:
+        b.normal_(0, math.sqrt(biases), generator=generator)
         return
-    preset = config.weight_variance if config.bias_variance == "preset" else config.bias_variance
-    third = INITIALIZERS[preset][1] if preset in INITIALIZERS else 0.0
-    bound = math.sqrt(3 * third / fan_in(W))
+    bound = math.sqrt(3 * biases)
     b.uniform_(-bound, bound, generator=generator) if bound else b.zero_()

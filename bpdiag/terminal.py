@@ -79,16 +79,23 @@ COLUMNS = {
 }
 
 
-def layer_table(p: Profile, at: int, width: int = 112) -> Table:
+def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | None = None) -> Table:
     """One line per weight layer, output on top: what arrives, the gain of its step, who takes it, how it moves.
 
-    A narrow terminal gets a shorter bar and fewer columns, never half a number.
+    ``band``: where the step is expected and not measured, the decades that each layer may be off.  A narrow terminal
+    gets a shorter bar and fewer columns, never half a number.
     """
     shown = {heading: told for heading, told in COLUMNS.items() if width >= told[0]}
+    if band is not None:
+        shown.pop("dead", None)  # of several batches of a real run
     bar = BAR if width >= 96 else BAR // 2
-    table = Table(title=f"step {p.steps[at]}", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    title = f"step {p.steps[at]}" + (", expected" if band is not None else "")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", no_wrap=True)
     table.add_column("decades", justify="right", no_wrap=True)
+    banded = band is not None and width >= 50
+    if banded:
+        table.add_column("±", justify="right", no_wrap=True)
     table.add_column(f"of the output's gradient (| 1/T, T = {p.planned})" if width >= 112 else "", no_wrap=True)
     for heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -104,8 +111,9 @@ def layer_table(p: Profile, at: int, width: int = 112) -> Table:
             value = _at(p.trace, column, at, [line, *layer.via] if whose == "activation" else [line])
             share = whose == "activation"
             told.append(percent(value) if share else _scientific(value) if heading == "update" else _number(value, 3))
+        off = [_number(band[row], 1)] if band is not None and banded else []
         name, drawn = escape(_end_of(layer.title, width)), _bar(decades[row], deepest, limit, bar)
-        table.add_row(name, _number(decades[row], 1), drawn, *told)
+        table.add_row(name, _number(decades[row], 1), *off, drawn, *told)
     return table
 
 
@@ -178,8 +186,10 @@ def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None,
     if len(p.lines) and shown.size:
         out.print(layer_table(p, int(shown[-1]), out.width))
         first, last = summary["first"], summary["last"]
+        theory = diagnosis.expected_gain(trace) if first["step"] == 0 else None
+        told = f" (theory {diagnosis.with_band(*theory)})" if theory else ""
         out.print(
-            f"gain per hidden layer: {_number(first['gain_per_layer'], 3)} at step {first['step']}, "
+            f"gain per hidden layer: {_number(first['gain_per_layer'], 3)} at step {first['step']}{told}, "
             f"{_number(last['gain_per_layer'], 3)} at step {last['step']}"
         )
     out.print()
@@ -189,6 +199,45 @@ def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None,
     if folder is not None:
         out.print()
         where_to_look(folder, out)
+
+
+def forecast(trace: Trace, findings: Sequence[Finding], out: Console) -> None:
+    """What theory expects of a run not begun: the sentence, the layer table, how deep it may be, what would mend it."""
+    p, told = diagnosis.profile(trace), trace.meta["predicted"]
+    out.print(findings_text(findings, diagnosis.summarize(trace, findings)["sentence"]))
+    out.print()
+    out.print(layer_table(p, 0, out.width, [told["spreads"] * x for x in told["decades_band"]]))
+    if theory := diagnosis.expected_gain(trace):
+        out.print(
+            f"gain per hidden layer: {diagnosis.with_band(*theory)} (the draw of the weights, "
+            f"{told['spreads']} standard deviations at most, and 1 %)"
+        )
+    out.print()
+    for line in _bounds(told, p):
+        out.print(Text(line))
+    if told["caveat"]:
+        out.print(f"  note: {told['caveat']}", style="dim")
+
+
+def _bounds(told: dict[str, Any], p: Profile) -> Iterator[str]:
+    """How deep such a net may be, and the critical variances with what they change."""
+    most = f"{told['deepest']:,} layers" + (" or more" if told["deepest"] == told["looked_for"] else "")
+    yield f"how deep   {most}: so far its first layer receives between 1/T and T times what the output sends"
+    scales = told["scales"]
+    if scales and math.isfinite(scales["trainable"]):
+        yield (
+            f"           what tells two pictures apart fades by e every {scales['xi_c']:.1f} layers (xi_c): it can be "
+            f"learned through about {scales['trainable']:.0f}"
+        )
+    if there := told["critical"]:
+        w, b = (f"{there[key]:.7g}" for key in ("weight_variance", "bias_variance"))
+        yield f"critical   sigma_w^2 = {w}, sigma_b^2 = {b}: bpdiag model.weight_variance={w} model.bias_variance={b}"
+        gains = [_number(x["gain_per_layer"], 3) for x in (told, there)]
+        decades = [_number(x["decades"][0], 1) for x in (told, there)]
+        yield (
+            f"           gain {gains[0]} -> {gains[1]}, decades of {p.title(0)} {decades[0]} -> {decades[1]}: "
+            f"{GLYPHS[there['verdict']]} {there['verdict']}"
+        )
 
 
 def where_to_look(folder: Path | str, out: Console) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from bpdiag import data, model
+from bpdiag import data, model, prediction
 from bpdiag.config import (
     Config,
     DataConfig,
@@ -29,6 +29,7 @@ from bpdiag.config import (
     WatchConfig,
     check_ranges,
     choose,
+    planned_steps,
     says_yes,
 )
 from bpdiag.dashboard import pictures
@@ -73,16 +74,13 @@ def check(config: Config) -> None:
     Raises:
         UsageError: Something cannot; the message says what came, what is known, what to do.
     """
-    check_ranges(config)
-    model.check(config.model)
-    choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
-    choose("training.dtype", config.training.dtype, DTYPES)
+    check_names(config)
     device(config)
     samples, batch = len(_load(config).train), config.data.batch_size
     if batch > samples:
         raise UsageError(f"data.batch_size={batch}: the training split has {samples} samples")
     whole, rest = divmod(samples, batch)
-    one_comes = batch == 1 or (rest == 1 and steps(config, samples) > whole)
+    one_comes = batch == 1 or (rest == 1 and planned_steps(config, samples) > whole)
     if one_comes and model.normalization(config.model) == "batch":
         one = "is one sample" if batch == 1 else f"leaves a last batch of one sample of {samples}"
         raise UsageError(
@@ -90,15 +88,17 @@ def check(config: Config) -> None:
         )
 
 
-def steps(config: Config, samples: int) -> int:
-    """Steps planned: those of the epochs, or fewer where ``training.steps`` says so.
+def check_names(config: Config) -> None:
+    """Every number is in its range and every name known: what can be asked without data or device.
 
-    Example:
-        >>> steps(Config(), 55_000)
-        860
+    Raises:
+        UsageError: One is not.
     """
-    planned = config.training.epochs * math.ceil(samples / config.data.batch_size)
-    return min(planned, config.training.steps or planned)
+    check_ranges(config)
+    model.check(config.model)
+    choose("data.name", config.data.name, data.DATASETS)
+    choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    choose("training.dtype", config.training.dtype, DTYPES)
 
 
 def device(config: Config) -> torch.device:
@@ -222,7 +222,7 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
     criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
     optimizer = OPTIMIZERS[config.optimizer.name](net.parameters(), config)
     per_epoch = math.ceil(len(dataset.train) / config.data.batch_size)
-    planned = steps(config, len(dataset.train))
+    planned = planned_steps(config, len(dataset.train))
     metrics: dict[str, Any] = {"stopped": None}
     interrupt: KeyboardInterrupt | None = None
 
@@ -235,6 +235,8 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         histograms=config.watch.histograms,
     ) as watching:
         watching.note(config=dataclasses.asdict(config), data_mean=dataset.mean, data_std=dataset.std)
+        if config.model.name in prediction.COVERED:
+            watching.note(predicted=prediction.expect(config, prediction.source(dataset)))
         try:
             for rows in batches(config, len(dataset.train), planned, where):
                 loss = watching.loss(criterion(net(dataset.train.x[rows]), dataset.train.y[rows]))

@@ -21,6 +21,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "chain": (set(), set()),
     "rules": (set(), {"torch"}),
     "statistics": (set(), {"torch"}),
+    "meanfield": ({"rules"}, {"torch", "numpy"}),
     # subjects
     "modules": ({"rules"}, {"torch"}),
     "initialization": ({"rules"}, {"torch"}),
@@ -38,12 +39,20 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "results": ({"diagnosis"}, {"pyarrow"}),
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
+    "prediction": (
+        {"meanfield", "rules", "statistics", "initialization", "model", "data", "diagnosis"},
+        {"torch", "numpy"},
+    ),
     "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),
-    "training": ({"session", "model", "data", "rules", "diagnosis", "dashboard"}, {"torch", "numpy", "PIL"}),
+    "training": (
+        {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
+        {"torch", "numpy", "PIL"},
+    ),
     "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
             "training",
+            "prediction",
             "launcher",
             "results",
             "terminal",
@@ -60,13 +69,13 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
 STOREYS = [
     ["config", "trace", "__init__"],
     ["chain", "rules", "statistics"],
-    ["modules", "initialization"],
+    ["modules", "initialization", "meanfield"],
     ["model", "data"],
     ["hooks"],
     ["diagnosis", "difference"],
     ["dashboard", "results", "lesson"],
     ["terminal", "bridge"],
-    ["session"],
+    ["session", "prediction"],
     ["training"],
     ["launcher"],
     ["__main__", "hydra_plugins"],

@@ -205,6 +205,124 @@ class Several(nn.Module):
         return {"aux": x.detach(), "mu": h[:, :4] * 2, "lv": h[:, 4:] * 3}
 
 
+def sequence(inplace):
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace), nn.Linear(5, 5), nn.Dropout(0.3, inplace), nn.Linear(5, 3))
+
+
+def normalized(inplace):
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(inplace), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(sequence, (4, 7, 6)), (normalized, (4, 2, 6, 6))])
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_view_that_is_overwritten_is_measured_as_it_was(make, shape, backwards):
+    """A linear layer's output of a sequence, an instance norm's output: views.  Oracle: the model not in place."""
+
+    def loss(out):
+        if backwards == 2:
+            out.square().mean().backward(retain_graph=True)
+        return out.flatten(0, -2).sum() if out.dim() > 2 else out.sum()
+
+    traces = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        traces.append(watched(make(inplace), torch.randn(shape), loss, steps=2))
+    plain, overwritten = traces
+    assert plain.layers == overwritten.layers
+    assert plain.missing == overwritten.missing
+    told = [trace.to_arrow().to_pylist() for trace in traces]
+    assert told[0] == told[1]
+    assert (told[1][0]["g_z_norm"] is None) == (backwards == 2)
+
+
+class Spoiled(torch.autograd.Function):
+    """Its input; the gradient of one sample's is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        g = g.clone()
+        g[2, 1, 0] = math.inf
+        return g
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_sample_below_a_view_that_is_overwritten_is_the_batchs(batch_first):
+    """Oracle: the same not in place.  Attention gives a transposed view; its first dimension is what is told."""
+
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.inner, self.relu = nn.MultiheadAttention(6, 2, batch_first=batch_first), nn.ReLU(inplace)
+
+        def forward(self, x):
+            return Spoiled.apply(self.relu(self.inner(x, x, x)[0]))
+
+    told = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        told.append(row(watched(Net(inplace), torch.randn(4, 5, 6), lambda out: out.sum()), "inner"))
+    assert [inner.nonfinite_sample for inner in told] == [2, 2]
+
+
+class BothWays(nn.Module):
+    """Gives out a tensor and its transpose, which is a view of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(())), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.inner(x) * self.scale
+        return h, h.t()
+
+
+@pytest.mark.parametrize(("loss", "g"), [((3, 0), [3]), ((0, 1), [1, 1]), ((3, 1), [4, 1])])
+def test_an_output_and_a_view_of_it_are_two(loss, g):
+    """The gradient of the first holds that of its view."""
+    trace = watched(
+        BothWays(), torch.randn(4, 6), lambda out: sum(c * t.sum() for c, t in zip(loss, out, strict=True) if c)
+    )
+    assert row(trace, "").g_z_norm == pytest.approx(math.sqrt(16 * sum(x**2 for x in g)))
+
+
+class AllStates(nn.Module):
+    """Gives its last state out twice, alone and among all."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.low, self.high = nn.Parameter(torch.ones(4)), nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        low = self.low(x) * self.scale
+        high = self.high(low)
+        return {"last": high, "all": (low, high)}
+
+
+class WithoutGradient(torch.autograd.Function):
+    """Twice its input; says that its input has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+class Quantizing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(WithoutGradient.apply(torch.relu(self.a(x))) + self.b(x))
+
+
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -220,6 +338,21 @@ def test_an_output_of_several_tensors_is_measured_by_those_that_are_trained():
     assert row(trace, "head").decades == 0
     trace = watched(Several(), torch.randn(4, 6), lambda out: out["mu"].sum() + out["lv"].sum())
     assert row(trace, "both").g_z_norm == pytest.approx(math.sqrt(16 * 4 + 16 * 9))
+
+
+def test_a_tensor_given_out_twice_is_one_output():
+    model = nn.ModuleDict({"body": AllStates()})
+    model.forward = lambda x: model["body"](x)["last"]
+    of_low = model["body"].high.weight.detach().sum(0).norm()  # for each sample the sum of the rows
+    trace = watched(model, torch.randn(3, 6), lambda out: out.sum())
+    assert row(trace, "body").g_z_norm == pytest.approx(math.sqrt(3 * 4 + 3 * of_low**2), rel=1e-5)
+
+
+def test_a_function_that_gives_no_gradient_stops_no_training():
+    trace = watched(Quantizing(), torch.randn(3, 6), guess)
+    assert math.isnan(row(trace, "a").g_z_norm)
+    assert reasons(trace, "a")["g_z_norm"] == "no gradient came back"
+    assert row(trace, "b").g_z_norm > 0
 
 
 @pytest.mark.parametrize(

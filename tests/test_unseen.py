@@ -99,6 +99,15 @@ def test_a_call_under_torch_func_is_listed_with_that_reason():
     assert reasons == {"called under torch.func, whose tensors take no hooks"}
 
 
+def test_a_module_that_was_handed_nothing_is_listed():
+    model = nn.ModuleDict({"same": nn.Identity(), "head": nn.Linear(16, 2), "spare": nn.Identity()})
+    with watch(model) as watching:
+        model["same"](None)
+        model["head"](X).sum().backward()
+        watching.step()
+    assert watching.trace.meta["unseen"] == [{"what": "module", "name": "same", "reason": "its output holds no tensor"}]
+
+
 def test_another_threads_calls_are_not_mixed_in():
     """Two threads train copies of nothing: one model, one recorded step, the first caller's."""
     model, other = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 2)), 2 * X

@@ -16,6 +16,7 @@ import numpy as np
 
 from bpdiag.diagnosis import blocks
 from bpdiag.diagnosis.beginning import forward_scale, saturated
+from bpdiag.diagnosis.expected import expected_gain, surprise, with_band
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
 from bpdiag.diagnosis.harm import LUCK
@@ -35,10 +36,12 @@ __all__ = [
     "as_markdown",
     "dead_by_chance",
     "diagnose",
+    "expected_gain",
     "notes",
     "profile",
     "summarize",
     "verdict",
+    "with_band",
     "write",
 ]
 
@@ -121,6 +124,8 @@ def notes(trace: Trace) -> list[str]:
     told += _unseen(trace)
     if changed := _changed_gradients(trace):
         told.append(changed)
+    if beyond := surprise(trace):
+        told.append(beyond)
     finite = np.flatnonzero(profile(trace).finite)
     skipped = trace.steps_table["skipped"].to_pylist()
     if count := sum(map(bool, skipped)):
@@ -205,6 +210,7 @@ def summarize(trace: Trace, findings: Sequence[Finding]) -> dict[str, Any]:
         "decades_first_layer": float(lowest),
         "planned_steps": p.planned,
         "findings": [{"kind": f.kind, "severity": f.severity, "cause": f.cause} for f in findings],
+        "predicted": trace.meta.get("predicted"),
         **moments,
     }
 

@@ -100,18 +100,29 @@ class Call:
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
-    """The tensors of a nested output: tensor, mapping, list, tuple, dataclass."""
+    """The tensors of a nested output, each once: tensor, mapping, list, tuple, dataclass.
+
+    Example:
+        >>> x = Tensor([1.0, 2.0])
+        >>> len(list(leaves({"last": x, "all": (x, x + 1)})))
+        2
+    """
+    yield from {id(tensor): tensor for tensor in _branches(tree)}.values()
+
+
+def _branches(tree: Any) -> Iterator[Tensor]:
+    """Every place of a tensor."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for branch in tree.values():
-            yield from leaves(branch)
+            yield from _branches(branch)
     elif isinstance(tree, list | tuple):
         for branch in tree:
-            yield from leaves(branch)
+            yield from _branches(branch)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for f in dataclasses.fields(tree):
-            yield from leaves(getattr(tree, f.name))
+            yield from _branches(getattr(tree, f.name))
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -6,13 +6,15 @@ sum says nothing of the parts.  So a hook on the last node of each way reads wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from bpdiag.hooks.call import Call
+from bpdiag.hooks.call import Call, leaves
 from bpdiag.hooks.reading import norm_by_sample
 
 MOST_NODES = 10_000  # looked at between two layers
@@ -115,6 +117,53 @@ class Graph:
         shared = [set(reader.parents) for reader in readers if reader]
         below = set.intersection(*shared) if shared else set()
         return below.pop() if len(below) == 1 else None
+
+
+@dataclass(frozen=True)
+class View:
+    """How an output is a view of its base."""
+
+    base_stride: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, g: Tensor) -> Tensor:
+        """A gradient of the base, as the output's: so that its first dimension is the batch again."""
+        laid = torch.empty_strided(g.shape, self.base_stride, dtype=g.dtype, device=g.device)
+        return laid.copy_(g.detach()).as_strided(self.shape, self.stride, self.offset)
+
+
+def where_gradients_come(outs: Sequence[Tensor], given: Any) -> Iterator[tuple[int, Tensor, View | None]]:
+    """i and the i-th output; for one that is a view of something else that its maker made, all of it, ~i and that.
+
+    Who overwrites a view gives it a new graph above what it is a view of: the gradient comes there, and no more to i.
+
+    Args:
+        outs: of a call.
+        given: its arguments: what they or other outputs share is not this output's alone.
+
+    Example:
+        >>> out = nn.Linear(2, 3)(Tensor(4, 5, 2))
+        >>> [(i, tuple(t.shape), view and view.shape) for i, t, view in where_gradients_come([out], ())]
+        [(0, (4, 5, 3), None), (-1, (20, 3), torch.Size([4, 5, 3]))]
+    """
+    for i, out in enumerate(outs):
+        if not out.requires_grad:
+            continue
+        yield i, out, None
+        base = out._base
+        if type(base) is not Tensor or base.grad_fn is None or base.numel() != out.numel():
+            continue
+        others = (*leaves(given), *(other for other in outs if other is not out))
+        if not any(x is base or x._base is base for x in others):
+            offset = out.storage_offset() - base.storage_offset()
+            yield ~i, base, View(base.stride(), out.shape, out.stride(), int(offset))
+
+
+def on_gradient(t: Tensor, arrived: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``arrived`` with the gradient of ``t``; not when a Function above says that it has none."""
+    return t.register_hook(lambda g: None if g is None else arrived(g))
 
 
 def is_checkpoint(node: Any) -> bool:

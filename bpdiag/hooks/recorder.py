@@ -18,7 +18,7 @@ from bpdiag import statistics
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
-from bpdiag.hooks.graph import Graph, is_checkpoint
+from bpdiag.hooks.graph import Graph, View, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
@@ -298,9 +298,8 @@ class Recorder:
                 self._slopes.measure(call, call.rule, saved, *learned)
         if x is not None and x is not out and facts.childless:  # in place x is gone
             self._measure_input(call, x)
-        for i, t in enumerate(outs):
-            if t.requires_grad:
-                self._await(call, i, t)
+        for i, t, view in where_gradients_come(outs, (args, kwargs)):
+            self._await(call, i, t, view)
 
     def _facts_of(self, module: nn.Module) -> Facts:
         facts = self._facts.get(module)
@@ -333,17 +332,20 @@ class Recorder:
         self._waiting.setdefault(module, deque()).append(place)
         return None
 
-    def _await(self, call: Call, i: int, out: Tensor) -> None:
-        """Measure the cotangent of the i-th output when it comes."""
+    def _await(self, call: Call, i: int, out: Tensor, view: View | None) -> None:
+        """Measure the cotangent of the i-th output when it comes, to it or, as ~i, below it."""
 
         def arrived(g: Tensor) -> None:
+            if ~i in call.events:
+                return
+            g = g if view is None else view.of(g)
             call.events[i] = call.events.get(i, 0) + 1
             call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
             call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
-            if i == 0:
+            if i in (0, ~0):
                 self._draw(call, call.g, g)
 
-        handle = out.register_hook(arrived)
+        handle = on_gradient(out, arrived)
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
@@ -395,7 +397,7 @@ class Recorder:
                 self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
 
-        x.register_hook(arrived)
+        on_gradient(x, arrived)
 
     # ---- update --------------------------------------------------------------------------------------
 
@@ -463,7 +465,7 @@ class Recorder:
         """Which sample of the batch a call's numbers are not finite of, where it is one alone."""
         alone = reading.samples()
         for call in self._calls if alone else ():
-            own = f"{call.tensor}_norm", f"_{call.g}_0"
+            own = f"{call.tensor}_norm", f"_{call.g}_0", f"_{call.g}_{~0}"
             found = [alone[id(call.values), key] for key in ("x_norm", *own) if (id(call.values), key) in alone]
             if found:
                 call.values["nonfinite_sample"] = float(found[0])

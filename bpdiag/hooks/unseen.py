@@ -52,7 +52,8 @@ def unseen(
     for name, module in named_modules(model):
         if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and name in seen:
             found.append({"what": "module", "name": name, "reason": "fused: not visible inside"})
-        if name not in seen and is_leaf(module) and not isinstance(module, nn.Identity):
+        owed = is_leaf(module) and (name in passed_over or not isinstance(module, nn.Identity))
+        if owed and name not in seen:
             found.append({"what": "module", "name": name, "reason": passed_over.get(name) or _why(module)})
     owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for p in foreign:

@@ -132,7 +132,9 @@ def each(rule: str, argument: str, value: Any, n: int, least: int | None = 1) ->
         >>> each("conv", "stride", 2, 3), each("conv", "stride", (1, 2), 2)
         ((2, 2, 2), (1, 2))
     """
-    if isinstance(value, int | str) or not isinstance(value, Sequence):
+    if isinstance(value, int):
+        return (whole(rule, argument, value, least),) * n
+    if isinstance(value, str) or not isinstance(value, Sequence):
         return (whole(rule, argument, value, least, f"a whole number or {n} of them"),) * n
     if len(value) != n:
         raise wrong(rule, argument, tuple(value), f"a whole number or {n} of them, one a dimension")
