@@ -370,6 +370,7 @@ class TraceWriter:
         self._samples, self._parts, self._written = 0, 0, time.monotonic()
         self._last_sampled: int | None = None
         self.folder = None
+        pa.array([])  # at its first list pyarrow imports pandas, if it is there: now, not in the middle of a training
         if folder is not None:
             self.folder = _new_folder(folder)
             _write_meta(self.meta, self.layers, self.folder)
