@@ -110,7 +110,8 @@ def lengths(rows: Tensor) -> Tensor:
     """
     widest = wide(rows.device)
     if rows.dtype != widest:
-        return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=widest) for part in parts(rows)])
+        found = [torch.linalg.vector_norm(part, dim=1, dtype=widest) for part in parts(rows)]
+        return found[0] if len(found) == 1 else torch.cat(found)
     if not rows.numel():
         return rows.new_zeros(len(rows))
     limits = torch.finfo(rows.dtype)
@@ -281,9 +282,9 @@ def sum_of_units(rows: Tensor, lengths: Tensor) -> Tensor:
     rows = rows.float() if rows.element_size() < 4 else rows
     lengths = lengths.to(rows.dtype).unsqueeze(1)
     several = parts(rows)
-    # not a matrix product: autocast would round it
-    sums = [(part / r).sum(0) for part, r in zip(several, lengths.split(several[0].shape[0]), strict=True)]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    if len(several) == 1:
+        return (rows / lengths).sum(0)  # not a matrix product: autocast would round it
+    return torch.stack([(x / r).sum(0) for x, r in zip(several, lengths.split(len(several[0])), strict=True)]).sum(0)
 
 
 @statistic(of="update", degree=1)
