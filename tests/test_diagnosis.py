@@ -150,8 +150,8 @@ def stale(share: float) -> Callable[[int, str, dict], None]:
     return edit
 
 
-def started(loss: float, z: float = 1.0, saturated: float = 0.0, weights: float = 1.0) -> Trace:
-    """A tanh net whose first loss, last preactivations, saturation and weights (over critical) are these."""
+def started(loss: float, z: float = 1.0, saturated: float = 0.0, weights: float = 1.0, later: float = 2.0) -> Trace:
+    """A tanh net whose first and later loss, last preactivations, saturation and weights (over critical) are these."""
 
     def edit(step: int, name: str, row: dict) -> None:
         if step == 0 and name == "z5":
@@ -159,7 +159,7 @@ def started(loss: float, z: float = 1.0, saturated: float = 0.0, weights: float 
         if name.startswith("a"):
             row["a_saturated_fraction"] = saturated if step == 0 else 0.1
 
-    course = lambda step: loss if step == 0 else learning(step)  # noqa: E731
+    course = lambda step: loss if step == 0 else later - step / 1000  # noqa: E731
     return net(phi=("tanh", 1.0, 1.0), sig=weights, slope=1.0 / weights, loss=course, edit=edit)
 
 
@@ -577,3 +577,10 @@ def test_judging_a_stored_run_costs_no_torch(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["vanishing", "False"]
     assert (tmp_path / "findings.json").exists()
+
+
+@pytest.mark.parametrize(("later", "severity"), [(1.5, "harm"), (1.1, "warning")])
+def test_a_bad_start_that_was_overcome_is_a_warning(later, severity):
+    """Half of guessing among ten classes, ln 10, is 1.15."""
+    (found,) = diagnose(started(9.0, z=20.0, later=later))
+    assert (found.kind, found.severity) == ("forward_scale", severity)

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from bpdiag.diagnosis.blocks import blocks
 from bpdiag.diagnosis.finding import Finding, percent
-from bpdiag.diagnosis.ledger import CONVERGED, Profile
+from bpdiag.diagnosis.ledger import Profile
 
 FLAT_AT_BOTH_ENDS = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign")
 MOST_SATURATED = 0.5  # of a layer's elements at the first step; at critical weights a tanh has 3 %
 LARGE_WEIGHTS = 2.0  # times the critical standard deviation
 LARGE_OUTPUT = 8.0  # rms of the logits: softmax is then sure of one class (maths of finding "forward blow-up")
 LARGE_LOSS = 2.0  # times ln K, what guessing costs
+OVERCOME = 0.5  # of ln K: the net guesses no more
 LARGE_INPUT = 10.0  # rms of the data: standardized it is 1, pixels in 0 ... 255 have about 80
 
 
@@ -32,9 +34,9 @@ def _input_rms(p: Profile, at: int) -> float:
 
 
 def _severity(p: Profile) -> str:
-    """A warning where the net has got over it: a tenth of guessing; a tenth of so bad a first loss proves nothing."""
+    """A warning where the net has got over it: half of guessing; a tenth of so bad a first loss proves nothing."""
     guessing = math.log(max(p.trace.layers[p.lines[-1]].units or 1, 2))
-    return "warning" if p.losses[-1] < CONVERGED * guessing else "harm"
+    return "warning" if p.losses[-1] < OVERCOME * guessing else "harm"
 
 
 def saturated(p: Profile) -> Iterator[Finding]:
@@ -104,6 +106,8 @@ def forward_scale(p: Profile) -> Iterator[Finding]:
     gain = p.trace.column("forward_gain")[0][at, p.lines[1:]]
     gain = gain[np.isfinite(gain) & (gain > 0)]
     typical = float(np.exp(np.log(gain).mean())) if gain.size else math.nan
+    sums = len(blocks(p.trace, at))
+    mend = f"scale the {sums} branches by 1/sqrt({sums})" if sums > 1 else "initialize at the critical weight variance"
     yield Finding(
         kind="forward_scale",
         severity=_severity(p),
@@ -112,7 +116,7 @@ def forward_scale(p: Profile) -> Iterator[Finding]:
         cause=cause,
         evidence={"output_rms": z, "input_rms": data, "forward_gain": typical, "loss": float(p.losses[at])},
         confidence=1.0,
-        remedy="standardize the data" if cause == "input scale" else "initialize at the critical weight variance",
+        remedy="standardize the data" if cause == "input scale" else mend,
         expected=f"rms of the output from {z:.3g} to about 1, the first loss from {p.losses[at]:.3g} to {guessing:.2f}",
         source="ours: at rms 8 the softmax gives one class all",
         sentence=f"The net begins sure and wrong: its output has an rms of {z:.3g}, its loss is {p.losses[at]:.3g}.",
