@@ -245,7 +245,16 @@ def _train(arguments: list[str]) -> int:
     flags = [word for word in arguments if word in ("--json", "--quiet")]
     arguments = [word for word in arguments if word not in flags]
     TELLS.set(flags[-1][2:] if flags else "text")
-    told = get_args_parser().parse_args(arguments)
+    parser = get_args_parser()
+    parser.exit_on_error = False  # our one line, not a page of usage
+    try:
+        told, unknown = parser.parse_known_intermixed_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from error
+    if unknown:
+        raise UsageError(f"{unknown[0]}: unknown option; bpdiag --help has ours, --hydra-help Hydra's")
+    options = [word for word in arguments if word not in told.overrides]
+    arguments = [*options, *told.overrides]  # Hydra takes no option between two of them
     with _hydra_in_words(), _as_argv(arguments):
         try:
             if not (told.info or told.hydra_help or told.shell_completion):

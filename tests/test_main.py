@@ -183,6 +183,8 @@ BAD = [
     (["experiment=key", "--config-dir", "own"], "model.dept: unknown key; did you mean 'model.depth'?"),
     (["experiment=word", "--config-dir", "own"], "experiment/word.yaml: model.depth: Value 'three'"),
     (["experiment=half", "--config-dir", "own"], "half.yaml"),
+    (["seed=1", "--nope"], "--nope: unknown option; bpdiag --help"),
+    (["seed=1", "--config-dir"], "argument --config-dir/-cd: expected one argument"),
     (["experiment=key", "--config-dir", "absent"], "--config-dir absent: no such folder"),
     (["-m", "experiment=vanishing,width"], "one experiment at a time"),
     (["experiment=number", "--config-dir", "own"], "expect.equals='one': test_accuracy is a number"),
@@ -346,6 +348,11 @@ def test_no_number_is_cut_in_a_narrow_terminal(columns, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("    3 ", "   10 "))]
     assert len(lines) == 4 or columns == "40"
     assert columns == "40" or all("%" in line for line in lines)
+
+
+def test_options_may_stand_between_overrides(capsys):
+    assert main([QUICK[0], "-m", *QUICK[1:], "seed=0,1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
