@@ -1,4 +1,4 @@
-"""watch(model, optimizer): the public face of measuring.  Recorder + sinks, opened and closed together."""
+"""watch(model, optimizer): the public face of measuring.  Recorder + sinks, opened and closed together; a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bpdiag
-from bpdiag import diagnosis, hooks
+from bpdiag import diagnosis, hooks, terminal
 from bpdiag.config import UsageError, dotted
 from bpdiag.dashboard.writer import TensorBoardWriter
 from bpdiag.trace import Trace, TraceWriter
@@ -181,7 +181,7 @@ class Watch:
             self._writer.meta |= {"unseen": self._running().unseen(), "every": self._running().pace.every}
             self._writer.close()
             if self._board is not None and self._log is not None:
-                findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
+                findings = self._findings()
                 diagnosis.write(self.trace, findings, self._log)
                 self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
                 self._tell_settings(findings)
@@ -229,6 +229,13 @@ class Watch:
         """Facts for the trace's meta.json: what built the model, say."""
         self._running()
         self._writer.meta.update(facts)
+
+    def report(self) -> None:
+        """Print what a run of ours ends with: the last measured step layer by layer, the verdict, the notes."""
+        terminal.report(self.trace, self._findings(), self._log, terminal.console())
+
+    def _findings(self) -> list[diagnosis.Finding]:
+        return diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
 
     @property
     def last_loss(self) -> float:

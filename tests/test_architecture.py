@@ -43,7 +43,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"meanfield", "rules", "statistics", "initialization", "model", "data", "diagnosis"},
         {"torch", "numpy"},
     ),
-    "session": ({"hooks", "diagnosis", "dashboard", "__init__"}, {"torch"}),
+    "session": ({"hooks", "diagnosis", "dashboard", "terminal", "__init__"}, {"torch"}),
     "training": (
         {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
         {"torch", "numpy", "PIL"},
