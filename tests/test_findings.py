@@ -118,6 +118,23 @@ def large(model, variance):
     return model
 
 
+def filled(model, value, layers=(0, 2, 4)):
+    for i in layers:
+        nn.init.constant_(model[i].weight, value)
+        nn.init.zeros_(model[i].bias)
+    return model
+
+
+def twice(model):
+    """Every hidden unit has a twin, and the layer above treats the two alike."""
+    with torch.no_grad():
+        for below, above in ((model[0], model[2]), (model[2], model[4])):
+            for p in below.parameters():
+                p[16:] = p[:16]
+            above.weight[:, 16:] = above.weight[:, :16]
+    return model
+
+
 CASES = {
     "softmax before cross-entropy": Case(
         ("loss_interface", "softmax before the softmax"), fit(lambda: mlp(nn.Softmax(1))), fit(mlp)
@@ -182,6 +199,12 @@ CASES = {
         fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: sgd(m, 1e-5), x=X.bfloat16()),
         fit(mlp, optimizer=sgd),
     ),
+    "constant weights": Case(("symmetric_initialization", "constant"), fit(lambda: filled(mlp(), 0.1)), fit(mlp)),
+    "all weights 0": Case(("symmetric_initialization", "at 0"), fit(lambda: filled(mlp(), 0.0)), fit(mlp)),
+    "a hidden layer at 0, whose relus never wake": Case(
+        ("symmetric_initialization", "at 0"), fit(lambda: filled(mlp(), 0.0, [2])), fit(lambda: filled(mlp(), 0.0, [4]))
+    ),
+    "each unit twice": Case(("symmetric_initialization", "repeated"), fit(lambda: twice(mlp())), fit(mlp), steps=10),
     "tanh of weights far too large": Case(
         ("saturated", "initialization"),
         fit(lambda: large(mlp(act=nn.Tanh), 60)),

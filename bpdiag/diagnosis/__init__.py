@@ -24,6 +24,7 @@ from bpdiag.diagnosis.interface import loss_interface
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
 from bpdiag.diagnosis.structure import correlation_collapse, linear_stack, over_regularized, residual_mismatch
+from bpdiag.diagnosis.symmetry import symmetric_initialization
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
 from bpdiag.diagnosis.updates import stale_gradient, update_too_large, update_too_small
 from bpdiag.diagnosis.wiring import disconnected
@@ -51,6 +52,7 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "disconnected": disconnected,
     "loss_interface": loss_interface,
     "stale_gradient": stale_gradient,
+    "symmetric_initialization": symmetric_initialization,
     "update_too_small": update_too_small,
     "saturated": saturated,
     "forward_scale": forward_scale,
@@ -67,6 +69,14 @@ VERDICTS = {"non_finite": "not finite", "exploding": "blows up"}  # every other 
 # one fault, one finding: where the first is found, the others are what it does
 CAUSES = {
     "non_finite": ("forward_scale", "exploding", "update_too_large"),
+    "symmetric_initialization": (
+        "vanishing",
+        "exploding",
+        "dead_units",
+        "saturated",
+        "forward_scale",
+        "correlation_collapse",
+    ),
     "saturated": ("forward_scale",),
     "stale_gradient": ("update_too_large",),
     "dead_units": ("update_too_large", "correlation_collapse"),

@@ -42,6 +42,7 @@ class Profile:
     losses: np.ndarray  # (S,) mean of the last ones
     converged: np.ndarray  # (S,) bool
     plateau: np.ndarray  # (S,) bool
+    falling: np.ndarray  # (S,) bool: the loss fell by 2 % of guessing or more in the second half of the steps so far
     planned: int
     sgd_like: bool
 
@@ -82,7 +83,7 @@ def _profile(trace: Trace) -> Profile:
     with np.errstate(all="ignore"):
         ledger = _ledger(trace, lines, gain)
         travel = _travel(trace, lines, pick("update_ratio"))
-    losses, converged, plateau = _course(trace, lines)
+    losses, converged, plateau, falling = _course(trace, lines)
     return Profile(
         trace=trace,
         lines=lines,
@@ -95,6 +96,7 @@ def _profile(trace: Trace) -> Profile:
         losses=losses,
         converged=converged,
         plateau=plateau,
+        falling=falling,
         planned=horizon(trace),
         sgd_like=bool(trace.meta.get("optimizer", {}).get("sgd_like", True)),
     )
@@ -177,8 +179,8 @@ def _finite(trace: Trace) -> np.ndarray:
     return ok
 
 
-def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
+def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, ...]:
+    """(S,) each: the mean of the last losses at a sampled step; whether it has converged, is stuck, is falling.
 
     Guessing costs ln K, K the outputs, where the loss is a cross-entropy.  Converged: below a tenth of that, or below a
     tenth of its first value and half of that (a start far above guessing makes guessing no merit).  A plateau, of 20
@@ -189,7 +191,7 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.
     count = np.searchsorted(steps, trace.sampled_steps, side="right")
     if not len(losses) or not lines:
         nothing = np.zeros(len(count), bool)
-        return np.full(len(count), np.nan), nothing, nothing
+        return np.full(len(count), np.nan), nothing, nothing, nothing
     total = np.concatenate([[0.0], np.cumsum(losses)])
 
     def mean_to(end: np.ndarray, width: np.ndarray) -> np.ndarray:
@@ -204,6 +206,7 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.
     low = (now < CONVERGED * guessing) | ((now < CONVERGED * first) & ((guessing == 0) | (now < guessing / 2)))
     converged = (count > 0) & low & (first > 0)
     stands = min(first, guessing) if guessing > 0 else first
-    flat = (half_way - now < FLAT * stands) & (now > stands / 2)
+    falling = half_way - now >= FLAT * stands
+    flat = ~falling & (now > stands / 2)
     plateau = (count >= 20) & (flat | (now > (1 - CONVERGED) * stands))
-    return np.where(count > 0, now, np.nan), converged, plateau
+    return np.where(count > 0, now, np.nan), converged, plateau, falling

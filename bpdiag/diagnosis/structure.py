@@ -93,7 +93,7 @@ def residual_mismatch(p: Profile) -> Iterator[Finding]:
 def correlation_collapse(p: Profile) -> Iterator[Finding]:
     """All samples look alike to the head (1 - c < e^-6) and the loss stands still."""
     cosine = p.trace.column("z_cosine")[0][:, p.lines]
-    if len(p.lines) < 3:
+    if len(p.lines) < 3 or not _is_read_alone(p):
         return
     alike = (1 - cosine[:, -2] < ALIKE) & (1 - cosine[:, 0] > APART) & p.plateau & p.finite & ~p.converged
     told = verdict(p, alike)
@@ -115,6 +115,13 @@ def correlation_collapse(p: Profile) -> Iterator[Finding]:
         sentence=f"All samples look alike to the last layer: their cosine below it is 1 - {above:.1g}.",
         why=f"In {p.title(0)} it is {real(1 - below, 2)}: what tells them apart is lost on the way up.",
     )
+
+
+def _is_read_alone(p: Profile) -> bool:
+    """Whether the last layer reads the one below and nothing else: a head that reads a sum does not."""
+    below, last = (p.trace.layers[i] for i in p.lines[-2:])
+    way = [*(p.trace.layers[i] for i in below.via), last]
+    return below.next == p.lines[-1] and all(len(layer.parents) == 1 for layer in way)
 
 
 def over_regularized(p: Profile) -> Iterator[Finding]:
