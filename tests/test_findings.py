@@ -32,6 +32,10 @@ def sgd(model, lr=0.05):
     return torch.optim.SGD(model.parameters(), lr=lr)
 
 
+def adam(model, lr):
+    return torch.optim.Adam(model.parameters(), lr=lr)
+
+
 @dataclass
 class Case:
     """A sick net, its twin, and what is found in the sick one."""
@@ -211,14 +215,28 @@ CASES = {
         fit(lambda: large(mlp(act=nn.Tanh), 1)),
     ),
     "tanh of pixels from 0 to 255": Case(
-        ("saturated", "input scale"),
+        ("input_scale", "too large"),
         fit(lambda: mlp(act=nn.Tanh), x=100 * X.abs()),
         fit(lambda: mlp(act=nn.Tanh), x=X.abs()),
     ),
     "relu of pixels from 0 to 255": Case(
-        ("forward_scale", "input scale"),
+        ("input_scale", "too large"),
         fit(lambda: large(mlp(), 2), x=100 * X.abs(), optimizer=lambda m: sgd(m, 1e-6)),
         fit(lambda: large(mlp(), 2), x=X.abs()),
+    ),
+    "inputs in the wrong unit": Case(("input_scale", "too small"), fit(mlp, x=X / 1e4), fit(mlp)),
+    "one feature in thousands": Case(
+        ("input_scale", "too large"), fit(mlp, x=X * torch.tensor([5000.0] + [1.0] * 19)), fit(mlp), steps=60
+    ),
+    "prices as targets": Case(
+        ("targets", "out of scale"),
+        fit(lambda: mlp(n_out=1), lambda out: F.mse_loss(out[:, 0], 2e5 + 5e4 * T), lambda m: sgd(m, 1e-8)),
+        fit(lambda: mlp(n_out=1), lambda out: F.mse_loss(out[:, 0], T)),
+    ),
+    "years as targets, the loss by hand": Case(
+        ("targets", "out of scale"),
+        fit(lambda: mlp(n_out=1), lambda out: ((out[:, 0] - 2000 - 9 * T) ** 2).mean(), lambda m: adam(m, 1e-3)),
+        fit(lambda: mlp(n_out=1), lambda out: ((out[:, 0] - T) ** 2).mean(), lambda m: adam(m, 1e-3)),
     ),
     "no activation at all": Case(
         ("linear_stack", "no activation"),
@@ -254,6 +272,26 @@ def test_the_fault_is_named_and_its_twin_is_silent(name):
     assert found[0].severity == "harm"
     assert all((found[0].sentence, found[0].why, found[0].remedy, found[0].expected, found[0].source))
     assert findings(case.mended, case.steps) == []
+
+
+def batches_in(order):
+    """Findings of twenty batches of 16 from a table of five classes."""
+    torch.manual_seed(0)
+    y = torch.arange(5).repeat_interleave(64)
+    x = torch.randn(5, 20)[y] + torch.randn(320, 20)
+    model = mlp()
+    optimizer = sgd(model)
+    with watch(model, optimizer) as watching:
+        for batch in order.split(16):
+            optimizer.zero_grad()
+            watching.loss(F.cross_entropy(model(x[batch]), y[batch])).backward()
+            optimizer.step()
+    return [(f.kind, f.severity) for f in bpdiag.diagnose(watching.trace)]
+
+
+def test_classes_that_come_one_after_the_other():
+    assert batches_in(torch.arange(320)) == [("data_order", "harm")]
+    assert batches_in(torch.randperm(320, generator=torch.Generator().manual_seed(0))) == []
 
 
 # ---- what looks so and is none ----------------------------------------------------------------------------

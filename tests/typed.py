@@ -28,6 +28,7 @@ def net(
     planned: int | None = 1000, adam: bool = False, momentum: float = 0.0,
     scale: float = 1.0,  # of all cotangents
     steps: Sequence[int] = range(0, 200, 10),
+    target: Callable[[int], dict[str, float]] = lambda step: {},  # what the loss compares with
     edit: Callable[[int, str, dict], None] = lambda step, layer, row: None,  # a last touch
 ) -> Trace:  # fmt: skip
     """The trace of an MLP, layers z1, a1, ..., zL, whose step from z_{l+1} to z_l has G = sig A slope C [between].
@@ -82,7 +83,8 @@ def net(
     samples, told = [], -1
     for step in steps:
         losses = [(s, loss(s)) for s in range(told + 1, step + 1)] if loss else []
-        samples.append(Sample(step, layers, [(0, index[k], row) for k, row in rows(step).items()], losses, 0.1))
+        numbers = [(0, index[k], row) for k, row in rows(step).items()]
+        samples.append(Sample(step, layers, numbers, losses, 0.1, target=target(step)))
         told = step
     optimizer = {"name": "Adam" if adam else "SGD", "lr": 0.1, "momentum": momentum, "sgd_like": not adam}
     return Trace.build(layers, samples, {"optimizer": optimizer, **({"planned_steps": planned} if planned else {})})
@@ -197,7 +199,25 @@ def residual(branch: float) -> Trace:
 
 LEFT = {"what": "parameter", "name": "head.weight", "reason": "in no optimizer, so never updated"}
 STRANGER = {"what": "parameter", "name": "of shape (5, 8)", "reason": "in an optimizer, in no module of the model: ..."}
+
+
+def data(rms: float) -> Callable[[int, str, dict], None]:
+    return lambda s, name, row: row.update(x_rms=rms) if name == "z1" else None
+
+
+def numbers(rms: float) -> Callable[[int], dict[str, float]]:
+    return lambda step: {"target_rms": rms, "target_spread": rms / 10}
+
+
+def classes(share: float) -> Callable[[int], dict[str, float]]:
+    """Four classes, one after the other, each with so much of its batches."""
+    return lambda step: {"target_class": float(step // 50), "target_class_share": share}
+
+
 CASES = {
+    "input_scale": (lambda: net(edit=data(11.0), loss=stuck), lambda: net(edit=data(9.0), loss=stuck)),
+    "targets": (lambda: net(target=numbers(31.0), loss=stuck), lambda: net(target=numbers(29.0), loss=stuck)),
+    "data_order": (lambda: net(target=classes(0.63)), lambda: net(target=classes(0.62))),
     "symmetric_initialization": (lambda: net(edit=alike(0.01)), lambda: net(edit=alike(0.51))),
     "disconnected": (lambda: noted(net(), unseen=[LEFT, STRANGER]), lambda: noted(net(), unseen=[STRANGER])),
     "loss_interface": (

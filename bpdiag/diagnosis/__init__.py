@@ -16,6 +16,7 @@ import numpy as np
 
 from bpdiag.diagnosis import blocks
 from bpdiag.diagnosis.beginning import forward_scale, saturated
+from bpdiag.diagnosis.data import data_order, input_scale, targets
 from bpdiag.diagnosis.expected import expected_gain, surprise, with_band
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
@@ -53,6 +54,9 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "loss_interface": loss_interface,
     "stale_gradient": stale_gradient,
     "symmetric_initialization": symmetric_initialization,
+    "input_scale": input_scale,
+    "targets": targets,
+    "data_order": data_order,
     "update_too_small": update_too_small,
     "saturated": saturated,
     "forward_scale": forward_scale,
@@ -77,6 +81,18 @@ CAUSES = {
         "forward_scale",
         "correlation_collapse",
     ),
+    "input_scale": (
+        "saturated",
+        "forward_scale",
+        "dead_units",
+        "update_too_large",
+        "exploding",
+        "vanishing",
+        "correlation_collapse",
+        "update_too_small",
+        "targets",
+    ),
+    "targets": ("update_too_large", "update_too_small", "exploding", "vanishing", "dead_units"),
     "saturated": ("forward_scale",),
     "stale_gradient": ("update_too_large",),
     "dead_units": ("update_too_large", "correlation_collapse"),
@@ -106,15 +122,19 @@ def diagnose(trace: Trace) -> list[Finding]:
         raise ValueError("the trace has no sampled step: nothing was measured")
     p = profile(trace)
     found = [finding for detect in DIAGNOSES.values() for finding in detect(p)]
-    harms = {f.kind for f in found if f.severity == "harm"}
-    explained = {effect for kind in harms for effect in CAUSES.get(kind, ())}
-    flat = harms & {"dead_units", "saturated"}
-    found = [
-        f
-        for f in found
-        if f.kind not in explained and not (flat and f.kind == "vanishing" and f.cause in ("slopes", "alignment"))
-    ]
-    return sorted(found, key=lambda finding: finding.severity != "harm")
+    told = [f for f in found if not any(_explains(cause, f) for cause in found)]
+    return sorted(told, key=lambda finding: finding.severity != "harm")
+
+
+def _explains(cause: Finding, f: Finding) -> bool:
+    """Whether ``f`` is what ``cause`` does; a warning explains no harm."""
+    if cause.severity == "warning" and f.severity == "harm":
+        return False
+    if cause.kind in ("dead_units", "saturated") and f.kind == "vanishing":
+        return f.cause in ("slopes", "alignment")
+    if f.kind == "non_finite" and cause.kind in ("input_scale", "targets"):
+        return f.cause.startswith(("exploding", "diverged"))
+    return f.kind in CAUSES.get(cause.kind, ())
 
 
 def notes(trace: Trace) -> list[str]:

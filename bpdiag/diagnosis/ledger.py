@@ -23,6 +23,7 @@ from bpdiag.trace import Trace
 ASSUMED_STEPS = 1_000  # the horizon T where none was planned
 CONVERGED = 0.1  # of ln K or of the first loss
 FLAT = 0.02  # of the first loss: less of a fall in half the run is a plateau
+ROSE = 10.0  # times its first value: a loss that diverges
 SMALLEST = 1e-30  # a cotangent so small may underflow in float32 whatever the layer does
 WINDOW = 5  # samples that an update ratio is the median of
 
@@ -147,6 +148,13 @@ def _activation_factor(trace: Trace, way: list[int], j: int, log: Callable[[str,
     return log("g_z_norm", below) - log("g_a_norm", j)
 
 
+def rose(trace: Trace) -> bool:
+    """Whether the loss has risen to ten times its first value."""
+    losses = trace.losses[1]
+    losses = losses[np.isfinite(losses)]
+    return len(losses) > 1 and bool(0 < ROSE * losses[0] < losses.max())
+
+
 def horizon(trace: Trace) -> int:
     """T, the steps planned; 1,000 where none were given."""
     return int(trace.meta.get("planned_steps") or ASSUMED_STEPS)
@@ -192,11 +200,13 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, ...]:
     if not len(losses) or not lines:
         nothing = np.zeros(len(count), bool)
         return np.full(len(count), np.nan), nothing, nothing, nothing
-    total = np.concatenate([[0.0], np.cumsum(losses)])
+    padded = np.append(losses, 0.0)
 
     def mean_to(end: np.ndarray, width: np.ndarray) -> np.ndarray:
+        """Of the losses before ``end``; each sum for itself: one of 1e17 would drown the others in a running one."""
         start = np.maximum(end - width, 0)
-        return (total[end] - total[start]) / np.maximum(end - start, 1)
+        sums = np.add.reduceat(padded, np.stack([start, end], axis=1).ravel())[::2]
+        return np.where(end > start, sums / np.maximum(end - start, 1), 0.0)
 
     width = np.maximum(10, count // 10)
     now, half_way = mean_to(count, width), mean_to(count // 2, width)

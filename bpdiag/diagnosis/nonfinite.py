@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bpdiag.diagnosis.finding import Finding
-from bpdiag.diagnosis.ledger import Profile
+from bpdiag.diagnosis.ledger import Profile, rose
 from bpdiag.trace import Trace
 
 GROWN = 2.0  # forward gain a layer; at the critical weights it is 1
@@ -51,10 +51,13 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         gains = gains[np.isfinite(gains) & (gains > 0)]
         if gains.size:
             evidence["forward_gain"] = float(np.exp(np.median(np.log(gains))))
+    tame = losses[np.isfinite(losses)]
+    first_loss, highest = (tame[0], tame.max()) if tame.size else (math.nan, math.nan)
     rate = trace.meta.get("optimizer", {}).get("lr", math.nan)
     evidence["learning_rate"] = float(rate)
     grown = evidence.get("forward_gain", 1.0)
     explodes = cause in ("forward", "weights") and grown > GROWN
+    diverged = not explodes and cause not in ("input", "target") and rose(trace)
     if cause == "input":
         remedy, expected = "repair or drop the samples that are not finite", "every number finite"
     elif explodes:
@@ -70,7 +73,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         severity="harm",
         layers=layers,
         onset_step=first,
-        cause=f"exploding {cause}" if explodes else cause,
+        cause=f"exploding {cause}" if explodes else f"diverged: steps too large, then {cause}" if diverged else cause,
         evidence=evidence,
         confidence=1.0,
         remedy=remedy,
@@ -78,7 +81,8 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         source="ours",
         sentence=f"The numbers are not finite from step {first}: first seen {where}.",
         why=(f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.")
-        + (f" Each layer multiplies what passes by {grown:.2g}." if explodes else ""),
+        + (f" Each layer multiplies what passes by {grown:.2g}." if explodes else "")
+        + (f" Before, the loss rose from {first_loss:.3g} to {highest:.3g}." if diverged else ""),
     )
 
 
