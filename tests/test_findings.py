@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bpdiag
@@ -32,8 +32,8 @@ def sgd(model, lr=0.05):
     return torch.optim.SGD(model.parameters(), lr=lr)
 
 
-def adam(model, lr):
-    return torch.optim.Adam(model.parameters(), lr=lr)
+def adam(model, lr, **options):
+    return torch.optim.Adam(model.parameters(), lr=lr, **options)
 
 
 @dataclass
@@ -81,6 +81,20 @@ class Listed(nn.Module):
         return self.head(x)
 
 
+class Way(nn.Module):
+    """Two layers, something on the way, a head."""
+
+    def __init__(self, way, grad=True):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(20, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+        self.way, self.grad = way, grad
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.grad):
+            h = self.second(self.first(x).relu())
+        return self.head(self.way(h).relu())
+
+
 class Blocks(nn.Module):
     """x + scale W relu(x), with He's weights."""
 
@@ -120,6 +134,16 @@ def large(model, variance):
             nn.init.normal_(layer.weight, 0, (variance / layer.in_features) ** 0.5)
             nn.init.zeros_(layer.bias)
     return model
+
+
+def dark():
+    """Pictures whose border is always black: weights there have no gradient."""
+    return X * (torch.arange(20) > 4)
+
+
+def scaled(loss, by):
+    """Only its gradient."""
+    return loss * by + (loss * (1 - by)).detach()
 
 
 def filled(model, value, layers=(0, 2, 4)):
@@ -199,7 +223,7 @@ CASES = {
         ("update_too_small", "too small"), fit(mlp, optimizer=lambda m: sgd(m, 1e-7)), fit(mlp)
     ),
     "half precision eats every step": Case(
-        ("update_too_small", "rounded away"),
+        ("precision", "rounded away"),
         fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: sgd(m, 1e-5), x=X.bfloat16()),
         fit(mlp, optimizer=sgd),
     ),
@@ -209,6 +233,35 @@ CASES = {
         ("symmetric_initialization", "at 0"), fit(lambda: filled(mlp(), 0.0, [2])), fit(lambda: filled(mlp(), 0.0, [4]))
     ),
     "each unit twice": Case(("symmetric_initialization", "repeated"), fit(lambda: twice(mlp())), fit(mlp), steps=10),
+    "bfloat16 eats most of each of Adam's steps": Case(
+        ("precision", "rounded away"),
+        fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: adam(m, 1e-5), x=X.bfloat16()),
+        fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: adam(m, 3e-3), x=X.bfloat16()),
+    ),
+    "Adam's eps in float16": Case(
+        ("precision", "eps"),
+        fit(lambda: mlp().half(), lambda out: classify(out.float()), lambda m: adam(m, 1e-3), x=dark().half()),
+        fit(lambda: mlp().half(), lambda out: classify(out.float()), lambda m: adam(m, 1e-3, eps=1e-4), x=X.half()),
+    ),
+    "a loss so small that float16 has no gradient of it": Case(
+        ("precision", "underflow"),
+        fit(lambda: mlp().half(), lambda out: scaled(classify(out.float()), 1e-6), x=X.half()),
+        fit(lambda: mlp().half(), lambda out: classify(out.float()), x=X.half()),
+    ),
+    "a detach on the way": Case(
+        ("disconnected", "cut"), fit(lambda: Way(Tensor.detach)), fit(lambda: Way(Tensor.clone))
+    ),
+    "numbers made anew": Case(
+        ("disconnected", "cut"), fit(lambda: Way(lambda h: torch.tensor(h.tolist()))), fit(lambda: Way(Tensor.clone))
+    ),
+    "a choice of the largest on the way": Case(
+        ("disconnected", "cut"),
+        fit(lambda: Way(lambda h: F.one_hot(h.argmax(1), 32).float())),
+        fit(lambda: Way(lambda h: h.softmax(1) * 32)),
+    ),
+    "a body left under no_grad": Case(
+        ("disconnected", "cut"), fit(lambda: Way(Tensor.clone, grad=False)), fit(lambda: Way(Tensor.clone))
+    ),
     "tanh of weights far too large": Case(
         ("saturated", "initialization"),
         fit(lambda: large(mlp(act=nn.Tanh), 60)),

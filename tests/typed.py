@@ -1,5 +1,6 @@
 """Traces typed by hand, and for each finding a sick one and its healthy twin."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -214,7 +215,23 @@ def classes(share: float) -> Callable[[int], dict[str, float]]:
     return lambda step: {"target_class": float(step // 50), "target_class_share": share}
 
 
+def rounded(share: float) -> Callable[[int, str, dict], None]:
+    return lambda s, name, row: row.update(dW_rounded_fraction=share) if "update_ratio" in row else None
+
+
+def held_in(dtype: str, trace: Trace, eps: float = 1e-4) -> Trace:
+    """The trace of a model in this format, under an optimizer with this eps."""
+    trace.layers = [dataclasses.replace(layer, dtype=dtype) for layer in trace.layers]
+    trace.meta["optimizer"] |= {"dtype": dtype, "eps": eps}
+    return trace
+
+
+def sent(rms: float) -> Callable[[int, str, dict], None]:
+    return lambda s, name, row: row.update(g_z_rms=rms) if "g_z_norm" in row else None
+
+
 CASES = {
+    "precision": (lambda: net(edit=rounded(0.95), loss=stuck), lambda: net(edit=rounded(0.85), loss=stuck)),
     "input_scale": (lambda: net(edit=data(11.0), loss=stuck), lambda: net(edit=data(9.0), loss=stuck)),
     "targets": (lambda: net(target=numbers(31.0), loss=stuck), lambda: net(target=numbers(29.0), loss=stuck)),
     "data_order": (lambda: net(target=classes(0.63)), lambda: net(target=classes(0.62))),

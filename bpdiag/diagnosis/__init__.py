@@ -24,6 +24,7 @@ from bpdiag.diagnosis.harm import LUCK
 from bpdiag.diagnosis.interface import loss_interface
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
+from bpdiag.diagnosis.precision import precision
 from bpdiag.diagnosis.structure import correlation_collapse, linear_stack, over_regularized, residual_mismatch
 from bpdiag.diagnosis.symmetry import symmetric_initialization
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
@@ -57,6 +58,7 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "input_scale": input_scale,
     "targets": targets,
     "data_order": data_order,
+    "precision": precision,
     "update_too_small": update_too_small,
     "saturated": saturated,
     "forward_scale": forward_scale,
@@ -93,6 +95,7 @@ CAUSES = {
         "targets",
     ),
     "targets": ("update_too_large", "update_too_small", "exploding", "vanishing", "dead_units"),
+    "precision": ("non_finite", "vanishing", "update_too_small", "correlation_collapse", "dead_units"),
     "saturated": ("forward_scale",),
     "stale_gradient": ("update_too_large",),
     "dead_units": ("update_too_large", "correlation_collapse"),
@@ -102,7 +105,7 @@ CAUSES = {
     "vanishing": ("correlation_collapse",),
     "over_regularized": ("vanishing", "correlation_collapse"),
     "loss_interface": ("correlation_collapse",),
-    "disconnected": ("correlation_collapse",),
+    "disconnected": ("correlation_collapse", "vanishing", "dead_units"),
     "update_too_large": ("correlation_collapse",),
 }
 

@@ -109,7 +109,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         source="ours",
         sentence=f"The numbers are not finite from step {first}: first seen {where}.",
         why=(f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.")
-        + (f" Between them stands {op}, whose slope or value has a pole." if op and not diverged else "")
+        + (f" There stands {op}, whose value or slope has a pole." if op and not diverged else "")
         + (f" Each layer multiplies what passes by {grown:.2g}." if explodes else "")
         + (f" Before, the loss rose from {first_loss:.3g} to {highest:.3g}." if diverged else ""),
     )

@@ -38,6 +38,8 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
     if not none and (p.planned < SHORT or harmed_layers(p)[0][quote].any()):
         return  # too short a run, or too little arrives: that is why
     rate = float(np.median(rates[quote]))
+    if none and p.trace.column("dW_rounded_fraction")[1][quote].any() and rate != 0:
+        return  # the number format's doing
     cause = "learning rate 0" if none and rate == 0 else "updates rounded away" if none else "learning rate too small"
     most = float(np.median(far[quote]))
     moved = "no weight has changed" if none else f"no layer can move its output by more than {most:.1g} of itself"
