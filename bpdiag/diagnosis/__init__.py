@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from bpdiag.diagnosis import blocks
-from bpdiag.diagnosis.beginning import forward_scale, saturated
+from bpdiag.diagnosis.beginning import forward_scale, logits_saturated, saturated
+from bpdiag.diagnosis.course import chance_level, too_few_steps
 from bpdiag.diagnosis.data import data_order, input_scale, targets
 from bpdiag.diagnosis.expected import expected_gain, surprise, with_band
 from bpdiag.diagnosis.finding import Finding, power
@@ -61,6 +62,7 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "precision": precision,
     "update_too_small": update_too_small,
     "saturated": saturated,
+    "logits_saturated": logits_saturated,
     "forward_scale": forward_scale,
     "dead_units": dead_units,
     "residual_mismatch": residual_mismatch,
@@ -70,8 +72,11 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "over_regularized": over_regularized,
     "linear_stack": linear_stack,
     "correlation_collapse": correlation_collapse,
+    "chance_level": chance_level,
+    "too_few_steps": too_few_steps,
 }
 VERDICTS = {"non_finite": "not finite", "exploding": "blows up"}  # every other harm: dies
+UNEXPLAINED = ("chance_level", "too_few_steps")  # told where nothing else is
 # one fault, one finding: where the first is found, the others are what it does
 CAUSES = {
     "non_finite": ("forward_scale", "exploding", "update_too_large"),
@@ -96,6 +101,7 @@ CAUSES = {
     ),
     "targets": ("update_too_large", "update_too_small", "exploding", "vanishing", "dead_units"),
     "precision": ("non_finite", "vanishing", "update_too_small", "correlation_collapse", "dead_units"),
+    "logits_saturated": ("forward_scale", "exploding"),
     "saturated": ("forward_scale",),
     "stale_gradient": ("update_too_large",),
     "dead_units": ("update_too_large", "correlation_collapse"),
@@ -103,8 +109,8 @@ CAUSES = {
     "residual_mismatch": ("exploding", "forward_scale"),
     "exploding": ("forward_scale",),
     "vanishing": ("correlation_collapse",),
-    "over_regularized": ("vanishing", "correlation_collapse"),
-    "loss_interface": ("correlation_collapse",),
+    "over_regularized": ("vanishing", "correlation_collapse", "dead_units", "exploding"),
+    "loss_interface": ("correlation_collapse", "exploding", "non_finite"),
     "disconnected": ("correlation_collapse", "vanishing", "dead_units"),
     "update_too_large": ("correlation_collapse",),
 }
@@ -131,6 +137,8 @@ def diagnose(trace: Trace) -> list[Finding]:
 
 def _explains(cause: Finding, f: Finding) -> bool:
     """Whether ``f`` is what ``cause`` does; a warning explains no harm."""
+    if f.kind in UNEXPLAINED:
+        return cause.kind not in UNEXPLAINED
     if cause.severity == "warning" and f.severity == "harm":
         return False
     if cause.kind in ("dead_units", "saturated") and f.kind == "vanishing":

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bpdiag.diagnosis.finding import Finding, percent
-from bpdiag.diagnosis.ledger import CONVERGED, Profile
+from bpdiag.diagnosis.ledger import CONVERGED, Profile, classes
 
 FLAT_AT_BOTH_ENDS = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign")
 MOST_SATURATED = 0.5  # of a layer's elements at the first step; at critical weights a tanh has 3 %
@@ -32,7 +32,7 @@ def input_rms(p: Profile, at: int) -> float:
 
 def severity(p: Profile) -> str:
     """A warning where the net has got over it: a tenth of guessing; a tenth of so bad a first loss proves nothing."""
-    guessing = math.log(max(p.trace.layers[p.lines[-1]].units or 1, 2))
+    guessing = math.log(max(classes(p.trace, p.lines), 2))
     return "warning" if p.losses[-1] < CONVERGED * guessing else "harm"
 
 
@@ -47,8 +47,8 @@ def flat_layers(p: Profile, at: int) -> list[int]:
 
 def guessing_loss(p: Profile) -> float:
     """ln K where the loss is a cross-entropy over K > 1 outputs; else nan."""
-    units = p.trace.layers[p.lines[-1]].units or 1
-    return math.log(units) if units > 1 and p.trace.meta.get("loss", "cross_entropy") == "cross_entropy" else math.nan
+    among = classes(p.trace, p.lines)
+    return math.log(among) if among > 1 and p.trace.meta.get("loss", "cross_entropy") == "cross_entropy" else math.nan
 
 
 def starts_sure(p: Profile, at: int) -> bool:
@@ -100,6 +100,42 @@ def saturated(p: Profile) -> Iterator[Finding]:
         source="Glorot & Bengio 2010, section 3; the threshold is ours",
         sentence=f"{percent(typical)} of {where} is saturated at the first step: almost nothing passes back there.",
         why=f"The weights are {size:.2g} times the critical size; the data have an rms of {data:.2g}.",
+    )
+
+
+def logits_saturated(p: Profile) -> Iterator[Finding]:
+    """A softmax that is sure, and wrong, at the first step, by the last layer or a factor behind it alone.
+
+    The layers below begin well: the last one multiplies by more than all of them together, or the output does and what
+    is done with it before the softmax makes the loss.
+    """
+    at = at_the_start(p)
+    if at is None or len(p.lines) < 2:
+        return
+    guessing, z = guessing_loss(p), p.trace.value("z_rms", p.lines[-1], at) or 0.0
+    if not p.losses[at] > LARGE_LOSS * guessing:
+        return
+    ops = [step["op"].lower() for step in p.trace.meta.get("loss_path") or []]
+    before = ops[: next((n for n, op in enumerate(ops) if "softmax" in op), len(ops))]
+    stretched = z <= LARGE_OUTPUT and bool({"mul", "div"} & set(before))
+    last = p.trace.value("forward_gain", p.lines[-1], at) or 0.0
+    head = z > LARGE_OUTPUT and last > LARGE_OUTPUT and last > (z / last) ** 2
+    if not stretched and not head:
+        return
+    by = f"the last layer multiplies by {last:.2g}" if head else "what is done with the output before the softmax"
+    yield Finding(
+        kind="logits_saturated",
+        severity=severity(p),
+        layers=p.names([len(p.lines) - 1]),
+        onset_step=int(p.steps[at]),
+        cause="last layer too large" if head else "factor before the softmax (temperature) too large",
+        evidence={"output_rms": z, "last_forward_gain": last, "loss": float(p.losses[at]), "guessing": guessing},
+        confidence=1.0,
+        remedy="initialize the last layer smaller" if head else "multiply the output by about 1 (temperature 1)",
+        expected=f"the first loss from {p.losses[at]:.3g} to {guessing:.2f}",
+        source="ours: at rms 8 the softmax gives one class all, and its slope p(1-p) is 0",
+        sentence=f"The softmax begins sure and wrong: the first loss is {p.losses[at]:.3g}, guessing {guessing:.2f}.",
+        why=f"That is {by}; the layers below begin well." if head else f"That is {by}; its rms is {z:.2g}.",
     )
 
 

@@ -148,6 +148,14 @@ def _activation_factor(trace: Trace, way: list[int], j: int, log: Callable[[str,
     return log("g_z_norm", below) - log("g_a_norm", j)
 
 
+def classes(trace: Trace, lines: list[int]) -> int:
+    """K, what a softmax of the loss chooses among; without one the outputs of the last layer."""
+    for step in reversed(trace.meta.get("loss_path") or []):
+        if step["op"] == "LogSoftmax" and "dim" in step:
+            return int(step["shape"][step["dim"]])
+    return (trace.layers[lines[-1]].units if lines else None) or 1
+
+
 def rose(trace: Trace) -> bool:
     """Whether the loss has risen to ten times its first value."""
     losses = trace.losses[1]
@@ -210,9 +218,9 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, ...]:
 
     width = np.maximum(10, count // 10)
     now, half_way = mean_to(count, width), mean_to(count // 2, width)
-    first, classes = losses[0], trace.layers[lines[-1]].units or 1
-    kind = trace.meta.get("loss", "cross_entropy" if first >= math.log(classes) / 2 else "unknown")
-    guessing = math.log(classes) if kind == "cross_entropy" and losses.min() >= 0 else 0.0
+    first, among = losses[0], classes(trace, lines)
+    kind = trace.meta.get("loss", "cross_entropy" if first >= math.log(among) / 2 else "unknown")
+    guessing = math.log(among) if kind == "cross_entropy" and losses.min() >= 0 else 0.0
     low = (now < CONVERGED * guessing) | ((now < CONVERGED * first) & ((guessing == 0) | (now < guessing / 2)))
     converged = (count > 0) & low & (first > 0)
     stands = min(first, guessing) if guessing > 0 else first
