@@ -52,10 +52,12 @@ COLUMNS: dict[str, str] = {
     "g_a_norm": "l2 norm of dL/da",
     "g_a_rms": "the same per element",
     "W_rms": "rms of the layer's weight before the step",
+    "W_distinct_rows": "share of W's rows that differ from each other, on the first sample and while under a half",
     "g_W_norm": "l2 norm of dL/dW as the optimizer meets it",
     "g_W_raw_norm": "the same as the backward left it, before clipping; a known scaler's factor divided out",
     "g_W_stale_norm": "l2 norm of what .grad held when the step's first backward came to it; 0 where it was cleared",
     "dW_rms": "rms of W after the step - W before it",
+    "dW_rounded_fraction": "share of a half-precision W's elements with a gradient that the step did not change",
     "update_ratio": "dW_rms / W_rms",
     "forward_gain": "z_rms over that of the weight layer below (x_rms for the first)",
     "backward_gain": "G = |g_z| / |g_z of the next weight layer|, l2 norms; < 1 vanishes",
@@ -64,6 +66,15 @@ COLUMNS: dict[str, str] = {
     "decades": "D = log10(|g_z| / |g_z of the last weight layer|)",
     "nonfinite_sample": "index in the batch (first dimension) of the one sample whose numbers in this call are not "
     "finite: of its input, else its output, else its cotangent; null where all are finite or no sample is alone in it",
+}
+
+
+# columns of the steps table: what a loss of torch's own compares the output with, on sampled steps
+TARGET = {
+    "target_rms": "rms of a target of numbers",
+    "target_spread": "their standard deviation",
+    "target_class": "the most frequent class of a batch",
+    "target_class_share": "its share of the batch",
 }
 
 
@@ -88,6 +99,9 @@ class Layer:
     largest_slope: float | None = None
     r: float | None = None  # 1/sqrt(critical weight variance), see rules.activation
     window: int = 0  # sampled batches that a_dead_fraction looks back on
+    dtype: str = "float32"  # of the output
+    # autograd's names, without Backward, of what stands between its parents and its output; how, not what it computes
+    ops: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def key(self) -> str:
@@ -142,6 +156,7 @@ class Sample:
     histograms: list[tuple[int, str, list[float]]] = field(default_factory=list)
     loss_scale: float | None = None  # what the cotangents were divided by; None: unknown, they are as delivered
     skipped: Sequence[int] = ()  # steps since the last sample that a gradient scaler skipped
+    target: dict[str, float] = field(default_factory=dict)  # what the loss compares with, by the names of TARGET
 
 
 class Sink(Protocol):
@@ -260,6 +275,12 @@ class Trace:
         told = self.steps_table.filter(pa.compute.is_valid(self.steps_table["skipped"]))["step"].to_numpy()
         return np.isin(self.sampled_steps, told)
 
+    def told(self, name: str) -> np.ndarray:
+        """(S,) a number of the steps table, as its learning rate, at each sampled step; nan where it is not known."""
+        known = self.once("told", lambda: {s: i for i, s in enumerate(self.steps_table["step"].to_pylist())})
+        column = self.steps_table[name].cast(pa.float64()).to_numpy()
+        return np.array([column[known[s]] if s in known else np.nan for s in self.sampled_steps.tolist()], float)
+
     def value(self, column: str, row: int, at: int) -> float | None:
         """Of layer ``row``, the ``at``-th sampled step, the first backward; None where it is missing."""
         values, there = self.column(column)
@@ -330,6 +351,7 @@ _STEPS = pa.schema(
         ("learning_rate", pa.float64()),
         ("loss_scale", pa.float64()),
         ("skipped", pa.bool_()),  # true or null
+        *((name, pa.float64()) for name in TARGET),
     ]
 )
 _MISSING = pa.schema(
@@ -395,6 +417,8 @@ class TraceWriter:
             self._steps.setdefault(sample.step, {"step": sample.step})["learning_rate"] = sample.learning_rate
         if sample.loss_scale is not None:
             self._steps.setdefault(sample.step, {"step": sample.step})["loss_scale"] = sample.loss_scale
+        if sample.target:
+            self._steps.setdefault(sample.step, {"step": sample.step}).update(sample.target)
         for step in sample.skipped:
             self._steps.setdefault(step, {"step": step})["skipped"] = True
         for index, column, reason in sample.missing:
@@ -478,7 +502,7 @@ def plain(value: Any) -> Any:
 
 
 def _layer(line: dict[str, Any]) -> Layer:
-    tuples = {name: tuple(line[name]) for name in ("shape", "parents", "via")}
+    tuples = {name: tuple(line.get(name, ())) for name in ("shape", "parents", "via", "ops")}
     return Layer(**{**line, **tuples})
 
 

@@ -144,9 +144,8 @@ def test_losses_keep_nan_and_leave_out_what_was_not_told():
     assert losses[4] == INF
     rate = Trace.build(LAYERS, [replace(sample(7), losses=[])])
     assert rate.losses[0].tolist() == []
-    assert rate.steps_table.to_pylist() == [
-        {"step": 7, "loss": None, "learning_rate": 0.1, "loss_scale": None, "skipped": None}
-    ]
+    (line,) = rate.steps_table.to_pylist()
+    assert {name: value for name, value in line.items() if value is not None} == {"step": 7, "learning_rate": 0.1}
 
 
 # ---- layout ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
     u = p.trace.column("update_ratio")[0][:, p.lines]
     arrived = np.nan_to_num(p.trace.column("g_W_norm")[0][:, p.lines]).max(axis=1, initial=0) > 0
     measured = np.isfinite(u).any(axis=1)
-    rates = _learning_rates(p)
+    rates = p.trace.told("learning_rate")
     rising = rates > RISING * rates[0] if rates[0] > 0 else rates > 0
     far = np.where(np.isfinite(p.travel), p.travel, 0).max(axis=1, initial=0)
     still = measured & arrived & ~p.converged & p.finite & (far < LEAST_TRAVEL) & ~rising
@@ -38,6 +38,8 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
     if not none and (p.planned < SHORT or harmed_layers(p)[0][quote].any()):
         return  # too short a run, or too little arrives: that is why
     rate = float(np.median(rates[quote]))
+    if none and p.trace.column("dW_rounded_fraction")[1][quote].any() and rate != 0:
+        return  # the number format's doing
     cause = "learning rate 0" if none and rate == 0 else "updates rounded away" if none else "learning rate too small"
     most = float(np.median(far[quote]))
     moved = "no weight has changed" if none else f"no layer can move its output by more than {most:.1g} of itself"
@@ -91,7 +93,7 @@ def update_too_large(p: Profile) -> Iterator[Finding]:
     _, quote, onset, confidence = told
     where = np.flatnonzero(too_far[quote].mean(axis=0) >= 0.5)
     most = float(np.median(usual[quote].max(axis=1)))
-    rate = float(np.median(_learning_rates(p)[quote]))
+    rate = float(np.median(p.trace.told("learning_rate")[quote]))
     less = f"{rate / most / 10:.1g}"
     yield Finding(
         kind="update_too_large",
@@ -138,10 +140,3 @@ def stale_gradient(p: Profile) -> Iterator[Finding]:
         sentence="Every step adds its gradient to those of all steps before: the optimizer follows their sum.",
         why=f"Before its backward .grad holds {percent(min(typical, 9.99))} of the norm that the optimizer meets.",
     )
-
-
-def _learning_rates(p: Profile) -> np.ndarray:
-    """(S,) of the first optimizer, where it is known; else nan."""
-    told = dict(zip(*(p.trace.steps_table[name].to_pylist() for name in ("step", "learning_rate")), strict=True))
-    rates = [told.get(int(step)) for step in p.steps]
-    return np.array([math.nan if rate is None else rate for rate in rates])

@@ -60,6 +60,8 @@ class Call:
     within: Any = None  # the reentrant checkpoint whose recomputation it is
     given_up: bool = False  # the walk down the graph: what it was computed from is not all known
     through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
+    dtype: str = "float32"  # of its output
+    ops: tuple[str, ...] = ()  # autograd's names of what stands between its parents and its output
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)

@@ -6,6 +6,7 @@ sum says nothing of the parts.  So a hook on the last node of each way reads wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class Walk:
     crossed: list[tuple[Place, Edge | None]] = field(default_factory=list)  # without an edge: handed on as it is
     through: dict[Any, None] = field(default_factory=dict)  # reentrant checkpoints in whose insides it ends
     given_up: bool = False  # after MOST_NODES
+    ops: dict[str, None] = field(default_factory=dict)  # names of the nodes crossed
 
 
 class Graph:
@@ -79,6 +81,7 @@ class Graph:
                     seen.add(node)
                     stack.append(node)
         walk.given_up |= bool(stack)
+        walk.ops |= dict.fromkeys(sorted({re.sub(r"Backward\d*$", "", node.name()) for node in seen}))
 
     def _end_at(self, checkpoint: Any, walk: Walk) -> None:
         walk.through[checkpoint] = None

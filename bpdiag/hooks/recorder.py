@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import threading
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from bpdiag import statistics
 from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
+from bpdiag.hooks.cuts import Cuts
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, View, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.loss import loss_path
@@ -24,6 +24,8 @@ from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
 from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
+from bpdiag.hooks.symmetry import Symmetry
+from bpdiag.hooks.target import describe_target
 from bpdiag.hooks.unseen import foreign_parameters, named_modules, refuse, unseen
 from bpdiag.hooks.weights import Weights
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
@@ -80,6 +82,7 @@ class Recorder:
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
         self._slopes, self._weights = Slopes(), Weights(self._clock)
+        self._symmetry, self._cuts = Symmetry(), Cuts()
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
         self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
@@ -122,7 +125,8 @@ class Recorder:
     def unseen(self) -> list[dict[str, str]]:
         """Modules and parameters that no sampled step told anything of, each with its reason."""
         seen = {name for name, _ in self._index}
-        return unseen(self.model, self.optimizers, seen, self._passed_over, self._foreign or ())
+        cuts = self._cuts.found(self._owners)
+        return cuts + unseen(self.model, self.optimizers, seen, self._passed_over, self._foreign or ())
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
@@ -130,6 +134,7 @@ class Recorder:
         self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
         if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
             self._scales.await_gradient(loss, self._pass)
+            self._target = describe_target(loss)
 
     def loss_path(self, loss: Tensor) -> list[dict[str, Any]]:
         """What stands between the model's output and ``loss``; empty where that is not known, as between samples."""
@@ -217,7 +222,7 @@ class Recorder:
         self._inside = False  # the model's forward pass, with gradient
         self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
         self._thread: int | None = None  # the one whose calls are this step's
-        self._scales = Scales()
+        self._scales, self._target = Scales(), {}
         self._slopes.forget()
         self._weights.forget()
 
@@ -239,6 +244,7 @@ class Recorder:
             self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
             self._graph = Graph()
+            self._cuts.begin(args)
             self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
@@ -273,6 +279,7 @@ class Recorder:
         within = torch._C._current_autograd_node() if _recomputing() else None
         out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
         facts = self._facts_of(module)
+        about = str(out.dtype).removeprefix("torch."), tuple(walk.ops)
         call = Call(
             facts,
             number,
@@ -284,6 +291,7 @@ class Recorder:
             within,
             walk.given_up,
             tuple(walk.through),
+            *about,
         )
         self._graph.read(walk, call)
         self._calls.append(call)
@@ -296,6 +304,8 @@ class Recorder:
             if saved is not None:
                 learned = [getattr(module, name) for name in call.rule.learnable]
                 self._slopes.measure(call, call.rule, saved, *learned)
+        self._symmetry.measure(call)
+        self._cuts.called(call, x)
         if x is not None and x is not out and facts.childless:  # in place x is gone
             self._measure_input(call, x)
         for i, t, view in where_gradients_come(outs, (args, kwargs)):
@@ -323,6 +333,7 @@ class Recorder:
             self._passed_over[self._names[module]] = "called without gradient only"
             if not self._inside:
                 return None
+            self._cuts.skipped(module, self._names[module])
         self._order += 1
         number = self._counts.get(module, 0)
         self._counts[module] = number + 1
@@ -433,9 +444,11 @@ class Recorder:
         rate = {"lr": group["lr"]} if "lr" in group else {}
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         tables = [table for call in self._calls for table in (call.values, call.edges)]
-        losses = self._read(reading, [*tables, *self._scales.told.values(), rate])
+        losses = self._read(reading, [*tables, *self._scales.told.values(), rate, self._target])
         self._name_bad_samples(reading)
         self._slopes.enter(self._calls)
+        self._symmetry.enter(self._calls)
+        self._cuts.finish(self._calls, self._given)
         gaps += self._weights.settle(self._calls, no_update)
         self._divide_scales_out()
         self._join_checkpoints()
@@ -458,7 +471,8 @@ class Recorder:
         missing = [(self._index[call.key], column, reason) for call, column, reason in gaps]
         bins = [(self._index[c.key], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]
         sample = Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
-        self._send(dataclasses.replace(sample, loss_scale=self._scales.of(0), skipped=self._skipped))
+        sample.target, sample.loss_scale, sample.skipped = self._target, self._scales.of(0), self._skipped
+        self._send(sample)
         self._skipped = []
 
     def _name_bad_samples(self, reading: Reading) -> None:
@@ -545,6 +559,8 @@ class Recorder:
                     largest_slope=call.rule.largest_slope if call.rule else None,
                     r=call.r,
                     window=DEAD_WINDOW if call.rule else 0,
+                    dtype=call.dtype,
+                    ops=call.ops,
                 )
             )
 
@@ -558,18 +574,6 @@ class Recorder:
                     call.values.pop(column, None)
                     gaps.append((call, column, "the way up leads elsewhere than when first seen"))
         return gaps
-
-
-def kind_of_loss(loss: Tensor) -> str:
-    """cross_entropy where autograd's graph shows one within a few nodes of the loss, else unknown."""
-    stack, seen = [loss.grad_fn], 0
-    while stack and seen < 32:
-        node, seen = stack.pop(0), seen + 1
-        if node is not None:
-            if any(word in node.name() for word in ("NllLoss", "CrossEntropy")):
-                return "cross_entropy"
-            stack += [below for below, _ in node.next_functions]
-    return "unknown"
 
 
 def _recomputing() -> bool:

@@ -108,6 +108,8 @@ class Weights:
             copy = self._copies.get(weight)
             if copy is not None and copy.numel() and not no_update:
                 numbers["dW_norm"] = self._norm("dW", weight, copy.sub_(weight.detach()))  # in place: one is enough
+                if copy.element_size() < 4 and weight.grad is not None:
+                    numbers["dW_rounded_fraction"] = statistics.mean(copy[weight.grad != 0] == 0)
             told[weight] = {column: x for column, x in numbers.items() if x is not None}
         gaps: list[Gap] = []
         for call in calls:
