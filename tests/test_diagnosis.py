@@ -30,6 +30,7 @@ from typed import (
     nan_from,
     net,
     only,
+    residual,
     spoil,
     started,
     stuck,
@@ -394,7 +395,10 @@ def test_judging_a_stored_run_costs_no_torch(tmp_path):
 
 
 @pytest.mark.parametrize(("later", "severity"), [(1.5, "harm"), (1.1, "warning")])
-def test_a_bad_start_that_was_overcome_is_a_warning(later, severity):
-    """Half of guessing among ten classes, ln 10, is 1.15."""
-    (found,) = diagnose(started(9.0, z=20.0, later=later))
+def test_a_sum_of_branches_that_begins_too_large_is_overcome_at_half_of_guessing(later, severity):
+    """Among ten classes guessing costs ln 10, half of it is 1.15.  The twin: too large weights, no sum."""
+    (found,) = diagnose(residual(0.5, z=20.0, loss=lambda step: 9.0 if step == 0 else later))
     assert (found.kind, found.severity) == ("forward_scale", severity)
+    assert found.remedy == "scale the 20 branches by 1/sqrt(20)"
+    (twin,) = diagnose(started(9.0, z=20.0, later=later))
+    assert (twin.kind, twin.severity) == ("forward_scale", "harm")

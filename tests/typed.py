@@ -183,8 +183,8 @@ def plain(slope: float) -> Trace:
     return Trace.build(layers, samples, {"planned_steps": 1000, "optimizer": {"sgd_like": True}})
 
 
-def residual(branch: float) -> Trace:
-    """Twenty blocks x + f(x), whose branches carry so much."""
+def residual(branch: float, z: float = 1.0, loss: Callable[[int], float] = learning) -> Trace:
+    """Twenty blocks x + f(x), whose branches carry so much; the rms of the last layer, at the first step."""
     layers, rows = [Layer("x0", 0, "linear", (B, 10), fan_in=10, units=10)], [(0, 0, {"g_z_norm": 1.0})]
     for n in range(1, 21):
         below = len(layers) - 1
@@ -194,7 +194,8 @@ def residual(branch: float) -> Trace:
         ]
         rows.append((0, len(layers) - 2, {"g_z_norm": 1.0, "edge_gain": [branch], "decades": 0.0}))
         rows.append((0, len(layers) - 1, {"g_z_norm": 1.0, "edge_gain": [1.0, 1.0]}))
-    samples = [Sample(s, layers, rows, [(s, learning(s))], 0.1) for s in range(0, 200, 10)]
+    rows[-2][2]["z_rms"] = z
+    samples = [Sample(s, layers, rows, [(s, loss(s))], 0.1) for s in range(0, 200, 10)]
     return Trace.build(layers, samples, {"planned_steps": 300, "optimizer": {"sgd_like": True}})
 
 

@@ -9,14 +9,14 @@ import numpy as np
 
 from bpdiag.diagnosis.blocks import blocks
 from bpdiag.diagnosis.finding import Finding, percent
-from bpdiag.diagnosis.ledger import Profile, classes
+from bpdiag.diagnosis.ledger import CONVERGED, Profile, classes
 
 FLAT_AT_BOTH_ENDS = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign")
 MOST_SATURATED = 0.5  # of a layer's elements at the first step; at critical weights a tanh has 3 %
 LARGE_WEIGHTS = 2.0  # times the critical standard deviation
 LARGE_OUTPUT = 8.0  # rms of the logits: softmax is then sure of one class (maths of finding "forward blow-up")
 LARGE_LOSS = 2.0  # times ln K, what guessing costs
-OVERCOME = 0.5  # of ln K: the net guesses no more
+OVERCOME = 0.5  # of ln K: a sum of many branches is large by none of them, and each step takes a little of all back
 
 
 def at_the_start(p: Profile) -> int | None:
@@ -32,10 +32,10 @@ def input_rms(p: Profile, at: int) -> float:
     return max((value for value in values if value is not None), default=math.nan)
 
 
-def severity(p: Profile) -> str:
-    """A warning where the net has got over it: half of guessing; a tenth of so bad a first loss proves nothing."""
+def severity(p: Profile, overcome: float = CONVERGED) -> str:
+    """A warning where the loss is below that share of guessing; a tenth of so bad a first loss proves nothing."""
     guessing = math.log(max(classes(p.trace, p.lines), 2))
-    return "warning" if p.losses[-1] < OVERCOME * guessing else "harm"
+    return "warning" if p.losses[-1] < overcome * guessing else "harm"
 
 
 def flat_layers(p: Profile, at: int) -> list[int]:
@@ -157,7 +157,7 @@ def forward_scale(p: Profile) -> Iterator[Finding]:
     mend = f"scale the {sums} branches by 1/sqrt({sums})" if sums > 1 else "initialize at the critical weight variance"
     yield Finding(
         kind="forward_scale",
-        severity=severity(p),
+        severity=severity(p, OVERCOME if sums > 1 else CONVERGED),
         layers=p.names(range(len(p.lines))),
         onset_step=int(p.steps[at]),
         cause="initialization",
