@@ -35,8 +35,10 @@ from typed import (
 )
 
 from bpdiag import diagnosis
-from bpdiag.diagnosis import DIAGNOSES, UNEXPLAINED, dead_by_chance, diagnose, notes, profile
+from bpdiag.diagnosis import DIAGNOSES, dead_by_chance, diagnose, notes, profile
 from bpdiag.trace import Missing, Trace
+
+WARNINGS = ("dominating_layer", "chance_level", "too_few_steps")
 
 
 def test_every_diagnosis_has_its_cases():
@@ -46,7 +48,7 @@ def test_every_diagnosis_has_its_cases():
 @pytest.mark.parametrize("kind", CASES)
 def test_sick_and_healthy(kind, tmp_path):
     sick, healthy = (build() for build in CASES[kind])
-    assert kinds(sick) == [(kind, "warning" if kind in UNEXPLAINED else "harm")]
+    assert kinds(sick) == [(kind, "warning" if kind in WARNINGS else "harm")]
     assert kinds(healthy) == []
     finding = only(sick)
     assert 0 < finding.confidence <= 1
