@@ -16,6 +16,7 @@ check: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/judging.py
 
 # Every architecture of tests/zoo_*.py, and the page of what was found: docs/compatibility.md.
 zoo: .venv

@@ -15,6 +15,7 @@ MOST_REACH = 1.0  # of a step: rms(dW)/rms(W) sqrt(fan_in); at 1 one step moves 
 STALE = 0.5  # of what the optimizer meets is older than this step
 LAYERS, FEW_LAYERS = 5, 2.0  # of fewer one always has much; the norm is of fewer than two
 CLIPPED = 0.99  # of its norm is left: less was clipped
+WORSE = 1.5  # times the first loss: it has risen
 SHORT = 100  # steps: in fewer nothing is expected to move far
 RISING = 1.5  # a learning rate that has grown so much since the first sample is being warmed up
 
@@ -80,16 +81,19 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
 
 def update_too_large(p: Profile) -> Iterator[Finding]:
     """Steps larger than what they change, and a loss that stands or has risen."""
+    if len(p.steps) < 2 * WINDOW:
+        return
+    first = p.losses[0]
+    worse = (p.plateau | (p.losses > WORSE * first)) & ~p.converged & p.finite
+    if not worse.any():
+        return
     fan_in = np.array([p.trace.layers[i].fan_in or 1 for i in p.lines], float)
-    reach = p.trace.column("update_ratio")[0][:, p.lines] * np.sqrt(fan_in)
-    usual = np.full_like(reach, np.nan)
-    for s in range(len(reach)):
-        window = reach[max(0, s - 2 * WINDOW + 1) : s + 1]
-        usual[s] = np.median(np.nan_to_num(window), axis=0)
-    first = p.losses[0] if len(p.losses) else math.nan
-    worse = p.plateau | (p.losses > 1.5 * first)
-    too_far = (usual > MOST_REACH) & (worse & ~p.converged & p.finite)[:, None]
-    told = verdict(p, too_far.any(axis=1)) if len(p.steps) >= 2 * WINDOW else None
+    reach = np.nan_to_num(p.trace.column("update_ratio")[0][:, p.lines] * np.sqrt(fan_in))
+    usual = np.stack([np.median(reach[max(0, s - 2 * WINDOW + 1) : s + 1], axis=0) for s in range(2 * WINDOW - 1)])
+    windows = np.lib.stride_tricks.sliding_window_view(reach, 2 * WINDOW, axis=0)
+    usual = np.concatenate([usual, np.median(windows, axis=2)])
+    too_far = (usual > MOST_REACH) & worse[:, None]
+    told = verdict(p, too_far.any(axis=1))
     if told is None or told[0] != "harm":
         return
     _, quote, onset, confidence = told
