@@ -310,22 +310,30 @@ class Trace:
         }
 
     def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        at, rows = self.once("places", self._places)
-        values = np.full((len(self.sampled_steps), len(self.layers)), np.nan)
-        there = np.zeros(values.shape, bool)
-        column = self.table[name].combine_chunks().take(rows)
-        values[at] = column.to_numpy(zero_copy_only=False)
-        there[at] = column.is_valid().to_numpy(zero_copy_only=False)
+        (steps, lines), rows = self.once("places", self._places)
+        shape = len(self.sampled_steps), len(self.layers)
+        column = self.table[name].combine_chunks()
+        if len(rows) < len(column):
+            column = column.take(rows)
+        told, known = (x.to_numpy(zero_copy_only=False) for x in (column, column.is_valid()))
+        if len(lines) == shape[0] * shape[1] and self.once("in order", lambda: _in_order(steps, lines, shape[1])):
+            return told.reshape(shape), known.reshape(shape)
+        values, there = np.full(shape, np.nan), np.zeros(shape, bool)
+        values[steps, lines], there[steps, lines] = told, known
         return values, there
 
     def _places(self) -> tuple[tuple[np.ndarray, np.ndarray], pa.Array]:
         """Where each first-pass row of the table belongs in an (S, L) array, and its number."""
         first = np.flatnonzero(self.table["backward"].to_numpy() == 0)
         steps = np.searchsorted(self.sampled_steps, self.table["step"].to_numpy()[first])
-        index = {(layer.name, layer.call): i for i, layer in enumerate(self.layers)}
-        names, calls = self.table["layer"].take(pa.array(first)).to_pylist(), self.table["call"].to_numpy()[first]
-        lines = np.array([index[name, int(call)] for name, call in zip(names, calls, strict=True)], int)
-        return (steps, lines), pa.array(first)
+        names = self.table["layer"].combine_chunks().dictionary_encode()
+        code = {name: i for i, name in enumerate(names.dictionary.to_pylist())}
+        calls = self.table["call"].to_numpy()[first]
+        index = np.zeros((max(len(code), 1), 1 + max((layer.call for layer in self.layers), default=0)), int)
+        for i, layer in enumerate(self.layers):
+            if layer.name in code:
+                index[code[layer.name], layer.call] = i
+        return (steps, index[names.indices.to_numpy()[first], calls]), pa.array(first)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """``compute()``, remembered under ``key``: a trace does not change."""
@@ -364,6 +372,11 @@ _MISSING = pa.schema(
         ("reason", pa.string()),
     ]
 )
+
+
+def _in_order(steps: np.ndarray, lines: np.ndarray, width: int) -> bool:
+    """Whether rows come sample by sample, in each line by line."""
+    return bool((steps * width + lines == np.arange(len(lines))).all())
 
 
 class TraceWriter:

@@ -44,6 +44,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "session": ({"hooks", "diagnosis", "dashboard", "terminal", "__init__"}, {"torch"}),
+    "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
         {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
         {"torch", "numpy", "PIL"},
@@ -76,7 +77,7 @@ STOREYS = [
     ["dashboard", "results", "lesson"],
     ["terminal", "bridge"],
     ["session", "prediction"],
-    ["training"],
+    ["training", "trial"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]

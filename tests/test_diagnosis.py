@@ -37,8 +37,10 @@ from typed import (
 )
 
 from bpdiag import diagnosis
-from bpdiag.diagnosis import DIAGNOSES, UNEXPLAINED, dead_by_chance, diagnose, notes, profile
+from bpdiag.diagnosis import DIAGNOSES, dead_by_chance, diagnose, notes, profile
 from bpdiag.trace import Missing, Trace
+
+WARNINGS = ("dominating_layer", "chance_level", "too_few_steps")
 
 
 def test_every_diagnosis_has_its_cases():
@@ -48,7 +50,7 @@ def test_every_diagnosis_has_its_cases():
 @pytest.mark.parametrize("kind", CASES)
 def test_sick_and_healthy(kind, tmp_path):
     sick, healthy = (build() for build in CASES[kind])
-    assert kinds(sick) == [(kind, "warning" if kind in UNEXPLAINED else "harm")]
+    assert kinds(sick) == [(kind, "warning" if kind in WARNINGS else "harm")]
     assert kinds(healthy) == []
     finding = only(sick)
     assert 0 < finding.confidence <= 1
@@ -402,3 +404,16 @@ def test_a_sum_of_branches_that_begins_too_large_is_overcome_at_half_of_guessing
     assert found.remedy == "scale the 20 branches by 1/sqrt(20)"
     (twin,) = diagnose(started(9.0, z=20.0, later=later))
     assert (twin.kind, twin.severity) == ("forward_scale", "harm")
+
+
+@pytest.mark.parametrize(("reach", "told"), [(1.6, [("update_too_large", "harm")]), (1.4, [])])
+def test_of_the_first_step_alone_a_reach_beyond_what_nets_got_over_is_too_large(reach, told):
+    assert kinds(net(update=reach / math.sqrt(FAN_IN), steps=[0])) == told
+    assert kinds(net(update=1.6 / math.sqrt(FAN_IN), steps=[0, 10])) == []  # the twin: it learns, and that is known
+
+
+@pytest.mark.parametrize(("adam", "severity"), [(False, "harm"), (True, "warning")])
+def test_a_bad_start_of_one_step_is_held_against_who_cannot_take_it_back(adam, severity):
+    large = lambda step, name, row: row.update(z_rms=20.0) if name == "z5" else None  # noqa: E731
+    (found,) = diagnose(net(edit=large, loss=lambda step: 9.0, steps=[0], adam=adam))
+    assert (found.kind, found.severity) == ("forward_scale", severity)

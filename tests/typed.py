@@ -236,7 +236,19 @@ def sure(head: float) -> Callable[[int, str, dict], None]:
     return lambda s, name, row: row.update(z_rms=max(head, 9.0), forward_gain=head) if name == "z5" else None
 
 
+def clipped(lowest: float) -> Callable[[int, str, dict], None]:
+    """A clip to a tenth; gradients of norm 1 but for the lowest layer's."""
+
+    def edit(step: int, name: str, row: dict) -> None:
+        if "g_W_norm" in row:
+            row["g_W_raw_norm"] = lowest if name == "z1" else 1.0
+            row["g_W_norm"] = row["g_W_raw_norm"] / 10
+
+    return edit
+
+
 CASES = {
+    "dominating_layer": (lambda: net(edit=clipped(3.2)), lambda: net(edit=clipped(2.9))),
     "logits_saturated": (
         lambda: net(edit=sure(9.0), loss=lambda s: 9.0 if s == 0 else 2.0 - s / 1000),
         lambda: net(edit=sure(9.0)),

@@ -29,7 +29,7 @@ from bpdiag.diagnosis.precision import precision
 from bpdiag.diagnosis.structure import correlation_collapse, linear_stack, over_regularized, residual_mismatch
 from bpdiag.diagnosis.symmetry import symmetric_initialization
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
-from bpdiag.diagnosis.updates import stale_gradient, update_too_large, update_too_small
+from bpdiag.diagnosis.updates import dominating_layer, stale_gradient, update_too_large, update_too_small
 from bpdiag.diagnosis.wiring import disconnected
 from bpdiag.trace import Trace, write_json
 
@@ -72,6 +72,7 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "over_regularized": over_regularized,
     "linear_stack": linear_stack,
     "correlation_collapse": correlation_collapse,
+    "dominating_layer": dominating_layer,
     "chance_level": chance_level,
     "too_few_steps": too_few_steps,
 }
@@ -107,8 +108,8 @@ CAUSES = {
     "dead_units": ("update_too_large", "correlation_collapse"),
     "update_too_small": ("vanishing", "correlation_collapse"),
     "residual_mismatch": ("exploding", "forward_scale"),
-    "exploding": ("forward_scale",),
-    "vanishing": ("correlation_collapse",),
+    "exploding": ("forward_scale", "dominating_layer"),
+    "vanishing": ("correlation_collapse", "dominating_layer"),
     "over_regularized": ("vanishing", "correlation_collapse", "dead_units", "exploding"),
     "loss_interface": ("correlation_collapse", "exploding", "non_finite"),
     "disconnected": ("correlation_collapse", "vanishing", "dead_units"),

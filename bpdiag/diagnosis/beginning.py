@@ -155,9 +155,10 @@ def forward_scale(p: Profile) -> Iterator[Finding]:
     typical = float(np.exp(np.log(gain).mean())) if gain.size else math.nan
     sums = len(blocks(p.trace, at))
     mend = f"scale the {sums} branches by 1/sqrt({sums})" if sums > 1 else "initialize at the critical weight variance"
+    unknown = len(p.steps) == 1 and not p.sgd_like  # who divides the gradient's size out takes it back, step by step
     yield Finding(
         kind="forward_scale",
-        severity=severity(p, OVERCOME if sums > 1 else CONVERGED),
+        severity="warning" if unknown else severity(p, OVERCOME if sums > 1 else CONVERGED),
         layers=p.names(range(len(p.lines))),
         onset_step=int(p.steps[at]),
         cause="initialization",

@@ -12,9 +12,11 @@ from bpdiag.diagnosis.finding import Finding, percent
 from bpdiag.diagnosis.ledger import Profile
 
 AT_CHANCE = 0.02  # of ln K: so near guessing
-STILL = 0.005  # of ln K: the loss falls by less in half the run
+STILL = 3.0  # standard errors of the mean of a quarter of the run: a fall beyond is one
+LEAST_FALL = 1e-3  # of ln K: a fall under it is none, however regular
 LONG = 50  # steps: a shorter plateau may be a slow start
 MOST_LEFT = 0.85  # of the first loss: a run that ends above has hardly begun
+LEAST_WON = 0.005  # of the first loss
 PACE = 0.4  # of all that was won came in the last half: it does not slow down
 
 
@@ -28,10 +30,13 @@ def chance_level(p: Profile) -> Iterator[Finding]:
     guess = guessing_loss(p) if p.lines else math.nan
     if len(losses) < LONG or not guess > 0 or not p.finite.any():
         return
-    half = len(losses) // 2
-    early, late = float(losses[: half // 2 + 1].mean()), float(losses[half:].mean())
-    now, before = float(losses[-(half // 2) :].mean()), float(losses[half : -(half // 2)].mean())
-    if abs(late - guess) > AT_CHANCE * guess or before - now > STILL * guess or early - now > 2 * AT_CHANCE * guess:
+    quarter = len(losses) // 4
+    begin, before, now = (
+        float(x.mean()) for x in (losses[:quarter], losses[-2 * quarter : -quarter], losses[-quarter:])
+    )
+    noise = float(np.diff(losses[-2 * quarter :]).std()) / math.sqrt(2)  # of one loss, whatever the trend
+    falls = before - now > max(STILL * noise * math.sqrt(2 / quarter), LEAST_FALL * guess)
+    if falls or abs(now - guess) > AT_CHANCE * guess or begin - now > 2 * AT_CHANCE * guess:
         return
     yield Finding(
         kind="chance_level",
@@ -63,7 +68,7 @@ def too_few_steps(p: Profile) -> Iterator[Finding]:
     first, half, last = (float(x.mean()) for x in (losses[:tenth], losses[len(losses) // 2 :][:tenth], losses[-tenth:]))
     won, lately = first - last, half - last
     noise = float(np.std(losses[-tenth:]))
-    if first <= 0 or last < MOST_LEFT * first or won <= max(2 * noise, STILL * first) or lately < PACE * won:
+    if first <= 0 or last < MOST_LEFT * first or won <= max(2 * noise, LEAST_WON * first) or lately < PACE * won:
         return
     more = math.ceil(planned * last / (2 * lately) / 2)
     yield Finding(

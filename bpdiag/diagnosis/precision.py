@@ -12,7 +12,7 @@ from bpdiag.diagnosis.harm import verdict
 from bpdiag.diagnosis.ledger import Profile
 
 HALF = ("float16", "bfloat16")
-SMALLEST = 2.0**-24  # of float16, subnormal: what is under half of it is 0
+SMALLEST_HALF = 2.0**-24  # of float16, subnormal: what is under half of it is 0
 ROUNDED = 0.9  # of a weight's elements with a gradient do not change
 
 
@@ -32,7 +32,7 @@ def precision(p: Profile) -> Iterator[Finding]:
 def _eps(p: Profile) -> Iterator[Finding]:
     optimizer = p.trace.meta.get("optimizer", {})
     eps = float(optimizer.get("eps", 0.0) or 0.0)
-    if optimizer.get("dtype") != "float16" or not 0 < eps < SMALLEST / 2:
+    if optimizer.get("dtype") != "float16" or not 0 < eps < SMALLEST_HALF / 2:
         return
     broken = not bool(p.finite[-1]) or not np.isfinite(p.trace.losses[1]).all()
     yield _finding(
@@ -40,7 +40,7 @@ def _eps(p: Profile) -> Iterator[Finding]:
         cause="the optimizer's eps is 0 in float16",
         severity="harm" if broken or p.plateau[-1] else "warning",
         where=range(len(p.lines)),
-        evidence={"eps": eps, "smallest": SMALLEST},
+        evidence={"eps": eps, "smallest": SMALLEST_HALF},
         remedy=f"raise eps from {eps:g} to 1e-4, or keep float32 weights (autocast)",
         expected="a step that is finite where the gradient is 0",
         sentence=f"The optimizer divides by 0: its eps of {eps:g} is 0 in float16.",
@@ -53,7 +53,7 @@ def _underflow(p: Profile) -> Iterator[Finding]:
     held = np.array([p.trace.layers[i].dtype == "float16" for i in p.lines])
     scale = np.nan_to_num(p.trace.told("loss_scale"), nan=1.0)[:, None]
     sent = p.trace.column("g_z_rms")[0][:, p.lines] * scale
-    lost = held & (sent < SMALLEST)
+    lost = held & (sent < SMALLEST_HALF)
     told = verdict(p, (lost.sum(axis=1) * 2 >= max(held.sum(), 1)) & held.any() & p.plateau & p.finite & ~p.converged)
     if told is None or told[0] != "harm":
         return
@@ -67,7 +67,7 @@ def _underflow(p: Profile) -> Iterator[Finding]:
         where=where,
         onset=onset,
         confidence=confidence,
-        evidence={"cotangent_rms": typical, "smallest": SMALLEST},
+        evidence={"cotangent_rms": typical, "smallest": SMALLEST_HALF},
         remedy="scale the loss (torch.amp.GradScaler), or take bfloat16",
         expected=f"rms of a cotangent from {typical:.1g} to {2.0**-14:.1g} or more",
         sentence=f"Gradients underflow: float16 ends at 6e-8, their rms in {where.size} layers is {typical:.1g}.",

@@ -88,6 +88,8 @@ def _judge(p: Profile, at: int, i: int, j: int) -> _Case | None:
     size = np.nan_to_num(p.ledger["slopes"][:, at] - math.log10(largest), nan=0.0)  # log10(rms slope / largest)
     weightless = p.trace.column("W_rms")[0][:, i] == 0  # silent for another reason: nothing arrives
     most = there & p.finite & (dead > MOST) & ~weightless
+    if not most.any() and not harmed_layers(p)[0].any():
+        return None
     blocked = (
         there & ~weightless & harmed_layers(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | (most & _slopes_lead(p)))
     )
