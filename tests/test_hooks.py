@@ -501,3 +501,50 @@ def test_a_reason_is_told_once_for_all_passes():
             optimizer.step()
     spans = [(m.from_step, m.to_step) for m in watching.trace.missing if m.column == "backward_gain"]
     assert spans == [(0, 2)]
+
+
+# ---- a model that calls itself ----------------------------------------------------------------------------
+
+
+class Descending(nn.Module):
+    """Calls itself ``depth`` times; ``fails`` at the deepest call, which the one above it forgives."""
+
+    def __init__(self, depth, fails=False):
+        super().__init__()
+        self.inner, self.depth, self.fails = seeded(4, 4), depth, fails
+
+    def forward(self, x, level=0):
+        x = self.inner(x)
+        if level == self.depth:
+            if self.fails:
+                raise ValueError
+            return x
+        try:
+            return self(x, level + 1)
+        except ValueError:
+            return x
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_calls_itself_is_in_one_pass(fails):
+    """The truth: the same layer, written three times in a row."""
+    model = Descending(2, fails)
+    trace = one_step(model, data((3, 4)))
+    if fails:  # the deepest call gave nothing out
+        assert "g_z_norm" in reasons(trace, "inner", call=2)
+    chain = Net(lambda self, x: self.inner(self.inner(x if fails else self.inner(x))), inner=seeded(4, 4))
+    truth = one_step(chain, data((3, 4)))
+    for call in range(2 if fails else 3):
+        assert row(trace, "inner", call)["g_z_norm"] == row(truth, "inner", call)["g_z_norm"]
+
+
+def test_a_pass_that_failed_leaves_the_next_one_its_place():
+    model = Net(lambda self, x: self.low(x) if x.dim() == 2 else self.high(x), low=seeded(4, 4), high=seeded(3, 3))
+    with watch(model) as watching:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="mat1"):
+                model(data((1, 2, 2)))
+            model(data((2, 4))).square().mean().backward()
+        watching.step()
+    told = [(r["layer"], r["call"], r["backward"]) for r in watching.trace.to_arrow().to_pylist()]
+    assert told == [("low", 0, 0), ("low", 0, 1)]
