@@ -153,7 +153,8 @@ class Consistent(nn.Module):
         x = self.body(x)
         if self.calls:
             with torch.no_grad():
-                x = x - self.body(x)
+                target = self.body(x)
+            x = x - target
         return self.head(checkpoint(self.inner, x, use_reentrant=True))
 
 
