@@ -83,7 +83,10 @@ def test_every_leaf_of_resnet18_in_execution_order():
     for handle in handles:
         handle.remove()
     trace = one_step(model, data((2, 3, 32, 32)))
-    assert [layer.name for layer in trace.layers] == ran
+    assert [layer.name for layer in trace.layers if layer.kind != "add"] == ran
+    assert [layer.name for layer in trace.layers if layer.kind == "add"] == [
+        f"layer{n}.{block}.{'downsample.1' if n > 1 and not block else 'bn2'}+" for n in range(1, 5) for block in (0, 1)
+    ]
     assert set(leaves.values()) == set(ran)
     assert [layer.call for layer in trace.layers if layer.name == "layer1.0.relu"] == [0, 1]
     assert all(r["g_a_norm" if r["a_norm"] is not None else "g_z_norm"] > 0 for r in trace.to_arrow().to_pylist())
@@ -336,7 +339,8 @@ def test_where_the_way_up_forks_there_is_no_gain_but_a_reason():
     assert row(trace, "head")["forward_gain"] is None  # two layers feed it
     assert stem["decades"] is not None
     layers = {layer.name: i for i, layer in enumerate(trace.layers)}
-    assert trace.layers[layers["head"]].parents == (layers["stem"], layers["branch"])
+    assert trace.layers[layers["branch+"]].parents == (layers["stem"], layers["branch"])
+    assert trace.layers[layers["head"]].parents == (layers["branch+"],)
 
 
 # ---- forms ------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from bpdiag import statistics
 from bpdiag.config import UsageError
+from bpdiag.hooks.between import change_numbers, names, operation
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import derive
-from bpdiag.hooks.graph import Graph, View, is_checkpoint, on_gradient, where_gradients_come
+from bpdiag.hooks.graph import Graph, View, Walk, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.passes import Passes, recomputing
@@ -235,7 +236,7 @@ class Recorder:
             if outs and self._overlooked.foreign is None:
                 self._overlooked.foreign = foreign_parameters(self.model, outs, self._entered)
             self._outputs |= {(t.grad_fn, t.output_nr) for t in outs}
-            walk = self._graph.walk(outs)
+            walk = self._walk(outs, self._passes.number, self._passes.order + 1)
             self._given |= walk.parents
             self._given_through |= walk.through
             self._graph.read(walk, None)
@@ -253,8 +254,13 @@ class Recorder:
             self._overlooked.why[module] = why
             return
         within = torch._C._current_autograd_node() if recomputing() else None
-        out, walk = outs[0], self._graph.walk(outs, within)
-        facts = self._facts_of(module)
+        out, facts = outs[0], self._facts_of(module)
+        inputs = {(t.grad_fn, t.output_nr) for t in leaves((args, kwargs)) if t.grad_fn is not None}
+        tops = {t.grad_fn for t in outs if t.grad_fn is not None}
+        in_place = (out.grad_fn, out.output_nr) in inputs
+        # of one that works in place, or has modules in it, the last operation is known to be its own
+        ends = inputs if facts.childless and not in_place else {edge for node in tops for edge in node.next_functions}
+        walk = self._walk(outs, place.number, place.order, within, ends)
         call = Call(
             facts,
             place.call,
@@ -262,10 +268,12 @@ class Recorder:
             tuple(out.shape),
             out.requires_grad,
             tuple(walk.parents),
-            place.order,
+            (place.order, 0),
             within,
             walk.given_up,
             tuple(walk.through),
+            names(walk.between, without_write=in_place) if facts.childless else (),
+            len(inputs),
         )
         self._graph.read(walk, call)
         self._calls.append(call)
@@ -283,6 +291,14 @@ class Recorder:
         for i, t, view in where_gradients_come(outs, (args, kwargs)):
             self._await(call, i, t, view)
 
+    def _walk(self, outs: Sequence[Tensor], number: int, order: int, *known: Any) -> Walk:
+        """Down from ``outs``; sums on the way are calls from now on."""
+        walk = self._graph.walk(outs, (number, order), *known)
+        for node, call in walk.sums.items():
+            self._calls.append(call)
+            node.register_prehook(partial(self._arrived_at_sum, call))
+        return walk
+
     def _facts_of(self, module: nn.Module) -> Facts:
         facts = self._facts.get(module)
         if facts is None or not facts.hold():
@@ -293,20 +309,25 @@ class Recorder:
         """Measure the cotangent of the i-th output when it comes, to it or, as ~i, below it."""
 
         def arrived(g: Tensor) -> None:
-            if ~i in call.events:
-                return
-            g = g if view is None else view.of(g)
-            call.events[i] = call.events.get(i, 0) + 1
-            call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
-            call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
-            if i in (0, ~0):
-                self._draw(call, call.g, g)
+            if ~i not in call.events:
+                self._arrived(call, i, g if view is None else view.of(g))
 
         handle = on_gradient(out, arrived)
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
             self._step_handles.append(handle)
+
+    def _arrived(self, call: Call, i: int, g: Tensor) -> None:
+        call.events[i] = call.events.get(i, 0) + 1
+        call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
+        call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
+        if i in (0, ~0):
+            self._draw(call, call.g, g)
+
+    def _arrived_at_sum(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
+        if gradients[0] is not None:
+            self._arrived(call, 0, gradients[0])
 
     def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
         rows = statistics.by_sample(x)
@@ -329,7 +350,11 @@ class Recorder:
         if not x.requires_grad:
             return
         if x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._graph.made_by:
-            if self._graph.made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another output than the one measured
+            maker = self._graph.made_by[x.grad_fn, x.output_nr]
+            if maker.is_sum:
+                if "z_norm" not in maker.values:
+                    self._measure(maker, "z", x)
+            elif maker.shape != x.shape:  # another output than the one measured
                 self._measure(call, "x", x)
             return  # what arrives here is the cotangent of a watched output, seen there
         if is_checkpoint(x.grad_fn) if x.grad_fn is not None else call.within is not None:
@@ -339,14 +364,16 @@ class Recorder:
         if rule is not None and alone and call.parents[0].tensor == "z" and "a_norm" not in call.parents[0].values:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
+            call.gap = tuple(name for name in call.gap if name != operation(rule.node or ""))
             self._measure(below, "a", x)
             saved = kept_by(x, rule)
             if saved is not None:
                 self._slopes.measure(below, rule, *saved)
         if owner is None:
-            if call.fan_in is None:
+            if call.fan_in is not None:
+                self._measure(call, "x", x)
+            elif call.inputs != 1 or not change_numbers(call.gap):
                 return
-            self._measure(call, "x", x)
 
         def arrived(g: Tensor) -> None:
             call.values["_entering_norm"] = norm_by_sample(g)
@@ -421,6 +448,8 @@ class Recorder:
             told: dict[str, Any] = {name: value for name, value in call.values.items() if name in COLUMNS}
             if call.edge_gains:
                 told["edge_gain"] = self._table.by_parent(call, call.edge_gains)
+            if call.gap_gains:
+                told["gap_gain"] = self._table.by_parent(call, call.gap_gains)
             rows.append((call.backward, self._table[call], told))
         missing = [(self._table[call], column, reason) for call, column, reason in gaps]
         bins = [(self._table[c], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]

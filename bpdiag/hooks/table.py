@@ -41,6 +41,7 @@ class LayerTable:
                     kind=call.kind,
                     shape=call.shape,
                     parents=tuple(sorted(self[p] for p in call.parents if p.key in self._index)),
+                    gap=call.gap if call.parents else (),
                     next=onward,
                     via=via,
                     fan_in=call.fan_in,
