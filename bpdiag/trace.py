@@ -88,7 +88,7 @@ class Layer:
     largest_slope: float | None = None
     r: float | None = None  # 1/sqrt(critical weight variance), see rules.activation
     window: int = 0  # sampled batches that a_dead_fraction looks back on
-    gap: tuple[str, ...] = ()  # operations of no module between the parents and this layer, the lowest first
+    gap: tuple[tuple[str, ...], ...] = ()  # for each parent, operations of no module on the way from it, as they ran
 
     @property
     def key(self) -> str:
@@ -492,7 +492,7 @@ def plain(value: Any) -> Any:
 
 def _layer(line: dict[str, Any]) -> Layer:
     told: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in line.items()}
-    return Layer(**told)
+    return Layer(**{**told, "gap": tuple(map(tuple, told.get("gap", ())))})
 
 
 def _concat(schema: pa.Schema, tables: Sequence[pa.Table]) -> pa.Table:

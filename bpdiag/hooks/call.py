@@ -60,7 +60,7 @@ class Call:
     within: Any = None  # the reentrant checkpoint whose recomputation it is
     given_up: bool = False  # the walk down the graph: what it was computed from is not all known
     through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
-    gap: tuple[str, ...] = ()  # operations between it and its parents
+    gap: dict[Call, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # operations between it and a parent
     inputs: int = 1  # tensors with a graph that it was given
     adds: Call | None = None  # of a sum of no module: the last module's call among what it adds
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)

@@ -97,8 +97,8 @@ def _edge_gains(
         if own is None:
             continue
         forks = [p for p in call.parents if len(readers[p]) > 1 or p in given]
-        is_gap = change_numbers(call.gap)
-        if not forks and not is_gap:
+        over = [p for p in call.parents if change_numbers(call.gap.get(p, ()))]
+        if not forks and not over:
             continue
         carried = {p: p.values.get(f"{p.g}_norm") for p in call.parents} | {p: call.edges.get(p) for p in forks}
         known = {p: v for p, v in carried.items() if v is not None}
@@ -106,13 +106,13 @@ def _edge_gains(
             call.edge_gains = {p: ratio(v, own) for p, v in known.items()}
         if any(p not in known for p in forks):
             gaps.append((call, "edge_gain", NOT_ALONE))
-        if is_gap and call.parents:
+        if over:
             sent = own if call.is_sum else call.values.get("_entering_norm") if call.inputs == 1 else None
-            if sent is not None and known:
-                call.gap_gains = {p: ratio(v, sent) for p, v in known.items()}
+            if sent is not None:
+                call.gap_gains = {p: ratio(known[p], sent) for p in over if p in known}
             if sent is None:
                 gaps.append((call, "gap_gain", "it has several inputs, or works in place: what it sends is not known"))
-            elif len(known) < len(call.parents):
+            elif any(p not in known for p in over):
                 gaps.append((call, "gap_gain", NOT_ALONE))
 
 

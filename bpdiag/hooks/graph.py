@@ -38,6 +38,13 @@ class Walk:
     sums: dict[Any, Call] = field(default_factory=dict)  # those among them that are calls since this walk
     given_up: bool = False  # after MOST_NODES
 
+    def join(self, other: Walk) -> None:
+        """What ``other`` came to."""
+        self.parents |= other.parents
+        self.through |= other.through
+        self.crossed += other.crossed
+        self.given_up |= other.given_up
+
 
 class Graph:
     """The graph of one forward pass, as far as it was walked."""
@@ -150,17 +157,35 @@ class Graph:
             parts = [calls for calls in below if calls is not None]
             reached[node] = frozenset().union(*parts)
             if joins(node, parts):
-                walk = Walk()
-                self._descend(node, walk, entry, node.next_functions)
-                if walk.parents:
-                    # through a checkpoint its reader's place is known alone, else it stands behind what it adds
-                    behind = at[1] - 1 if walk.through else max(call.order[0] for call in walk.parents)
-                    place = at[0], (behind, len(self._sums) + 1)
-                    further = {"within": within, "through": tuple(walk.through), "gap": names(walk.between)}
-                    call = call_of(node, tuple(walk.parents), self._sums.__contains__, place, **further)
-                    self.made_by[node, 0] = self._sums[call.key] = found[node] = call
-                    self.read(walk, call)
+                call = self._new_sum(node, at, within)
+                if call is not None:
+                    found[node] = call
         return found
+
+    def _new_sum(self, node: Any, at: tuple[int, int], within: Any) -> Call | None:
+        """The call that a sum is from now on; None over checkpoints alone, whose last calls are not known yet."""
+        whole, gap = Walk(), dict[Call, tuple[str, ...]]()
+        for i, (below, number) in enumerate(node.next_functions):
+            walk = Walk(crossed=[((below, number), (node, i))])
+            if (below, number) in self.made_by:
+                walk.parents[self.made_by[below, number]] = None
+            elif is_checkpoint(below):
+                self._end_at(below, walk)
+            elif hasattr(below, "variable"):  # what the checkpoint that it is computed in began with
+                walk = Walk(self._below[within].parents, through=self._below[within].through)
+            else:
+                self._descend(below, walk, self._below.get(within), None)
+            gap |= dict.fromkeys(walk.parents, names(walk.between))
+            whole.join(walk)
+        if not whole.parents:
+            return None
+        # through a checkpoint its reader's place is known alone, else it stands behind what it adds
+        behind = at[1] - 1 if whole.through else max(call.order[0] for call in whole.parents)
+        place, key = (at[0], (behind, len(self._sums) + 1)), self._sums.__contains__
+        call = call_of(node, tuple(whole.parents), key, place, within=within, through=tuple(whole.through), gap=gap)
+        self.made_by[node, 0] = self._sums[call.key] = call
+        self.read(whole, call)
+        return call
 
     def _end_at(self, checkpoint: Any, walk: Walk) -> None:
         walk.through[checkpoint] = None

@@ -272,7 +272,7 @@ class Recorder:
             within,
             walk.given_up,
             tuple(walk.through),
-            names(walk.between, without_write=in_place) if facts.childless else (),
+            dict.fromkeys(walk.parents, names(walk.between, in_place)) if facts.childless else {},
             len(inputs),
         )
         self._graph.read(walk, call)
@@ -364,7 +364,7 @@ class Recorder:
         if rule is not None and alone and call.parents[0].tensor == "z" and "a_norm" not in call.parents[0].values:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
-            call.gap = tuple(name for name in call.gap if name != operation(rule.node or ""))
+            call.gap[below] = tuple(name for name in call.gap[below] if name != operation(rule.node))
             self._measure(below, "a", x)
             saved = kept_by(x, rule)
             if saved is not None:
@@ -372,7 +372,7 @@ class Recorder:
         if owner is None:
             if call.fan_in is not None:
                 self._measure(call, "x", x)
-            elif call.inputs != 1 or not change_numbers(call.gap):
+            elif call.inputs != 1 or not any(map(change_numbers, call.gap.values())):
                 return
 
         def arrived(g: Tensor) -> None:

@@ -33,6 +33,7 @@ class LayerTable:
                 self._index[call.key] = len(self._index)
                 fresh.append(call)
         for call in fresh:
+            parents = sorted((p for p in call.parents if p.key in self._index), key=self.__getitem__)
             onward, via = self._line(ways.get(call, ((), None, "")))
             self.layers.append(
                 Layer(
@@ -40,8 +41,8 @@ class LayerTable:
                     call=call.number,
                     kind=call.kind,
                     shape=call.shape,
-                    parents=tuple(sorted(self[p] for p in call.parents if p.key in self._index)),
-                    gap=call.gap if call.parents else (),
+                    parents=tuple(self[p] for p in parents),
+                    gap=tuple(call.gap.get(p, ()) for p in parents) if any(call.gap.values()) else (),
                     next=onward,
                     via=via,
                     fan_in=call.fan_in,
