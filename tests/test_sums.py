@@ -6,11 +6,12 @@ import weakref
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bpdiag import watch
+from bpdiag import diagnose, watch
 from bpdiag.diagnosis import blocks
 from bpdiag.hooks import graph
 
@@ -18,6 +19,11 @@ torch.set_num_threads(1)
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Sum(nn.Module):
+    def forward(self, x, y):
+        return 1 * (x + y)
 
 
 class Net(nn.Module):
@@ -115,6 +121,46 @@ def test_the_words_are_those_of_a_sum_that_is_a_module():
     trace = step(Net(residual))
     words = blocks.in_words(trace, 0)
     assert words.startswith("the skip carries 1.00 of what arrives at the sum, the branch ")
+
+
+class Deep(nn.Module):
+    """Forty blocks whose branches are as large as their skips; the sums are modules, or not."""
+
+    def __init__(self, are_modules):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.are_modules = nn.Linear(6, 32), nn.Linear(32, 2), are_modules
+        self.blocks, self.sums = (nn.ModuleList(make() for _ in range(40)) for make in (lambda: nn.Linear(32, 32), Sum))
+        for block in self.blocks:
+            nn.init.orthogonal_(block.weight)
+        self.double()
+
+    def forward(self, x):
+        x = self.first(x)
+        for block, total in zip(self.blocks, self.sums, strict=True):
+            x = total(x, block(x)) if self.are_modules else x + block(x)
+        return self.head(x)
+
+
+def test_it_is_judged_and_shown_as_if_the_sums_were_modules(tmp_path):
+    findings, gains, shown = [], [], []
+    for are_modules in (False, True):
+        model = Deep(are_modules)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+        with watch(model, optimizer, log=tmp_path / f"{are_modules}", planned_steps=100) as watching:
+            for _ in range(3):
+                optimizer.zero_grad()
+                watching.loss(model(X).square().mean()).backward()
+                optimizer.step()
+        findings.append({f.kind: (f.cause, f.sentence, f.evidence) for f in diagnose(watching.trace)})
+        gains.append(list(watching.trace.edges(0).values()))
+        board = EventAccumulator(str(tmp_path / f"{are_modules}")).Reload()
+        shown.append([board.Scalars(t)[0].value for t in board.Tags()["scalars"] if t.startswith("gain/edge/")])
+    assert "residual_mismatch" in findings[0]
+    assert findings[0] == findings[1]
+    assert gains[0] == gains[1] != []
+    assert shown[0] == shown[1] != []
+    assert len(shown[0]) == len(gains[0])
 
 
 def test_a_sum_in_place():
@@ -323,14 +369,9 @@ def test_the_twin_in_which_ways_meet():
     assert [la.short for la in trace.layers] == ["a", "b", "b+", "head"]
 
 
-class Inside(nn.Module):
-    def forward(self, x, y):
-        return 2 * (x + y)
-
-
 def test_what_a_module_adds_inside_is_its_own():
     model = Net(lambda net, x, note: net.head(net.both(net.a(x), net.b(x))))
-    model.both = Inside()
+    model.both = Sum()
     assert [la.short for la in step(model).layers] == ["a", "b", "both", "head"]
 
 
@@ -440,3 +481,28 @@ def test_two_backwards_through_a_sum_are_told_as_missing():
     reasons = {(m.layer, m.column): m.reason for m in watching.trace.missing}
     assert reasons["c+", "g_z_norm"] == "several backwards went through it"
     assert rows(watching.trace)["c+"]["g_z_norm"] is None
+
+
+def test_the_shape_of_a_sum_may_be_ragged():
+    model = Net(lambda net, x, note: net.head((y := net.a(x)) + net.b(y)))
+    model.noted = None
+    ragged = torch.nested.nested_tensor([X[:3], X[:2]], layout=torch.jagged)
+    with watch(model) as watching:
+        model(ragged).values().square().mean().backward()
+        watching.step()
+    assert [la.short for la in watching.trace.layers] == ["a", "b", "b+", "head"]
+    assert rows(watching.trace)["b+"]["g_z_norm"] > 0
+
+
+def test_a_sum_in_place_of_a_view_is_not_seen_but_named():
+    """Autograd shows a copy into a view there, and not what was done to it."""
+
+    def put(net, x, note):
+        x = net.a(x.view(1, 5, 6))
+        y = net.b(x)
+        y += x
+        return net.head(y)
+
+    trace = step(Net(put))
+    assert parents(trace)["head"] == ["a", "b"]
+    assert trace.layers[-1].gap == (("copy_slices", "as_strided"),) * 2

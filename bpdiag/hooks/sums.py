@@ -26,6 +26,8 @@ KINDS = {"+": Add, "-": Sub}
 def joins(node: Any, below: Sequence[Collection[Any]]) -> bool:
     """Whether a node is a sum that has a row: of two operands, neither a number, from different watched calls.
 
+    What is added in place to a view is none: autograd shows a copy into the view there, whatever was done.
+
     Args:
         node: of autograd's graph.
         below: for each of its inputs that has a graph, the calls that it was computed from.
@@ -56,7 +58,7 @@ def call_of(
     name, number = last.name + sign, last.number
     while is_taken((name, number)):
         number += 1
-    shape = tuple(int(n) for n in node._input_metadata[0].shape)
+    shape = tuple(node._input_metadata[0].shape)
     return Call(_facts(name, sign), number, place[0], shape, True, tuple(parents), place[1], adds=last, **known)
 
 
