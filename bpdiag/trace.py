@@ -84,9 +84,9 @@ class TraceError(UsageError):
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of one module: a line of the layer table."""
+    """One call of one module, or a sum of no module in which ways meet (kind add or sub): a line of the layer table."""
 
-    name: str  # qualified name; "" for a model that is itself a leaf
+    name: str  # qualified name; "" for a model that is itself a leaf; "f+" for the sum that adds f's output
     call: int  # 0 for its first call in a forward pass
     kind: str  # linear, conv2d, relu, ...: the module's class in lower case, or the rule's name
     shape: tuple[int, ...] = ()  # of the output, batch first
@@ -102,6 +102,7 @@ class Layer:
     dtype: str = "float32"  # of the output
     # autograd's names, without Backward, of what stands between its parents and its output; how, not what it computes
     ops: tuple[str, ...] = field(default=(), compare=False)
+    gap: tuple[tuple[str, ...], ...] = ()  # for each parent, operations of no module on the way from it, as they ran
 
     @property
     def key(self) -> str:
@@ -173,9 +174,9 @@ class Sink(Protocol):
 class Trace:
     """A run's measurements in memory.
 
-    ``table`` has KEYS, every column of COLUMNS (float64, null where missing), and edge_gain, one number for each of the
-    layer's ``parents`` (see ``edges``); ``steps`` has step, loss and
-    learning_rate; ``meta`` has what a judge must know: optimizer, planned_steps, every, provenance.
+    ``table`` has KEYS, every column of COLUMNS (float64, null where missing), edge_gain and gap_gain, one number for
+    each of the layer's ``parents`` (see ``edges``, ``gaps``); ``steps`` has step, loss and learning_rate; ``meta`` has
+    what a judge must know: optimizer, planned_steps, every, provenance.
     """
 
     table: pa.Table
@@ -299,9 +300,21 @@ class Trace:
         Of the ``at``-th sampled step and its first backward, where measured: the edges of rows that read a place which
         others read too.  Where the parent's output went through a function first, v is meant behind it.
         """
+        return self._by_parent("edge_gain", at)
+
+    def gaps(self, at: int) -> dict[tuple[int, int], float]:
+        """(reader, parent) -> |v| / |g_x|: what a gap passes on of the cotangent that the reader sends into it.
+
+        Of the ``at``-th sampled step and its first backward, where measured.  A gap is what functions compute between
+        two layers, named by ``Layer.gap``; one that only moves numbers about (view, transpose) passes on all, and is
+        not measured.
+        """
+        return self._by_parent("gap_gain", at)
+
+    def _by_parent(self, column: str, at: int) -> dict[tuple[int, int], float]:
         (steps, lines), rows = self.once("places", self._places)
         here = np.flatnonzero(steps == at)
-        told = self.table["edge_gain"].combine_chunks().take(rows.take(pa.array(here))).to_pylist()
+        told = self.table[column].combine_chunks().take(rows.take(pa.array(here))).to_pylist()
         return {
             (int(line), parent): gain
             for line, gains in zip(lines[here], told, strict=True)
@@ -350,7 +363,7 @@ class Trace:
 _ROWS = pa.schema(
     [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
     + [(name, pa.float64()) for name in COLUMNS]
-    + [("edge_gain", pa.list_(pa.float64()))]
+    + [(name, pa.list_(pa.float64())) for name in ("edge_gain", "gap_gain")]
 )
 _STEPS = pa.schema(
     [
@@ -515,8 +528,8 @@ def plain(value: Any) -> Any:
 
 
 def _layer(line: dict[str, Any]) -> Layer:
-    tuples = {name: tuple(line.get(name, ())) for name in ("shape", "parents", "via", "ops")}
-    return Layer(**{**line, **tuples})
+    told: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in line.items()}
+    return Layer(**{**told, "gap": tuple(map(tuple, told.get("gap", ())))})
 
 
 def _concat(schema: pa.Schema, tables: Sequence[pa.Table]) -> pa.Table:

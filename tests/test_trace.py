@@ -324,7 +324,7 @@ def test_parts_are_read_by_others(tmp_path):
     parts = sorted((tmp_path / "trace").glob("part-*.parquet"))
     assert len(parts) == 3
     table = pa.dataset.dataset([str(p) for p in parts]).to_table()
-    assert table.column_names == [*KEYS, *COLUMNS, "edge_gain"]
+    assert table.column_names == [*KEYS, *COLUMNS, "edge_gain", "gap_gain"]
     assert table.num_rows == 15
     frame = pd.concat([pd.read_parquet(p) for p in parts])
     assert frame[frame.layer == "2"].z_norm.tolist() == [step + 0.25 for step in range(5)]
