@@ -204,6 +204,7 @@ class Recorder:
 
     def _disarm(self) -> None:
         self._release()
+        self._weights.release()
         self._take_down()
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
