@@ -134,7 +134,7 @@ class Recorder:
         self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
         if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
             self._scales.await_gradient(loss, self._pass)
-            self._target = describe_target(loss)
+            self._target |= describe_target(loss)
 
     def loss_path(self, loss: Tensor) -> list[dict[str, Any]]:
         """What stands between the model's output and ``loss``; empty where that is not known, as between samples."""
