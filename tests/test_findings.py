@@ -262,6 +262,36 @@ CASES = {
     "a body left under no_grad": Case(
         ("disconnected", "cut"), fit(lambda: Way(Tensor.clone, grad=False)), fit(lambda: Way(Tensor.clone))
     ),
+    "a loss made anew from its number": Case(
+        ("disconnected", "no graph"),
+        fit(mlp, lambda out: torch.tensor(classify(out).item(), requires_grad=True)),
+        fit(mlp),
+    ),
+    "masks of 0 and 255": Case(
+        ("targets", "out of range"),
+        fit(lambda: mlp(n_out=1), lambda out: F.binary_cross_entropy_with_logits(out[:, 0], 255.0 * (Y > 2))),
+        fit(lambda: mlp(n_out=1), lambda out: F.binary_cross_entropy_with_logits(out[:, 0], 1.0 * (Y > 2))),
+    ),
+    "a softmax of logits times a thousand": Case(
+        ("logits_saturated", "temperature"),
+        fit(mlp, lambda out: classify(1000 * out), lambda m: sgd(m, 1e-7)),
+        fit(mlp, lambda out: classify(2 * out)),
+    ),
+    "a loss turned round": Case(
+        ("loss_interface", "turned round"), fit(mlp, lambda out: -classify(out), lambda m: sgd(m, 0.5)), fit(mlp)
+    ),
+    "dropout that keeps one unit in fifty": Case(
+        ("over_regularized", "dropout"),
+        fit(lambda: nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.98), nn.Linear(64, 5))),
+        fit(lambda: nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 5))),
+        steps=60,
+    ),
+    "AdamW that decays all": Case(
+        ("over_regularized", "weight decay"),
+        fit(mlp, optimizer=lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=300.0)),
+        fit(mlp, optimizer=lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.01)),
+        steps=60,
+    ),
     "tanh of weights far too large": Case(
         ("saturated", "initialization"),
         fit(lambda: large(mlp(act=nn.Tanh), 60)),

@@ -11,6 +11,7 @@ from test_diagnosis import LINES
 from typed import (
     CASES,
     HE,
+    INF,
     NAN,
     B,
     alike,
@@ -18,10 +19,12 @@ from typed import (
     held_in,
     net,
     noted,
+    numbers,
     path,
     plain,
     residual,
     sent,
+    spoil,
     stuck,
 )  # fmt: skip
 
@@ -40,6 +43,11 @@ def decoupled(decay: float) -> Trace:
     trace = net(loss=stuck, adam=True)
     trace.meta["optimizer"] |= {"name": "AdamW", "weight_decay": decay}
     return trace
+
+
+def shrinking(to: float) -> Callable[[int, str, dict], None]:
+    """All weights, to this share of their first size."""
+    return lambda s, name, row: row.update(W_rms=row["W_rms"] * (to if s else 1)) if "W_rms" in row else None
 
 
 def dropped(kept: float) -> Trace:
@@ -67,6 +75,9 @@ EDGES: dict[str, Callable[[], Trace]] = {  # between a threshold and a tenth or 
     "ROUNDING": lambda: net(scale=1.3e38, sig=HE * 10**1.25e-9),
     "BALANCE": lambda: decoupled(4.0),
     "KEPT": lambda: dropped(0.1),
+    "SHRUNK": lambda: net(loss=stuck, edit=shrinking(0.05)),
+    "PROBABLE": lambda: noted(net(target=numbers(2.0)), loss_path=path("BinaryCrossEntropyWithLogits")),
+    "HUGE": lambda: net(loss=lambda s: NAN if s else 5e3, edit=spoil(10, "z2", z_norm=INF)),
     "SAME": lambda: plain(1 + 5e-7),
     "APART": lambda: net(cosine=[0.95, 0.97, 0.99, 0.999, 0.5], loss=stuck),
     "LEAST_FALL": lambda: net(loss=lambda s: 2.29 - 2e-5 * s),
@@ -77,7 +88,8 @@ FOUND = {  # what the edges are
     "ROSE": "non_finite", "FELL": "loss_interface", "SETTLED": "symmetric_initialization",
     "SMALL_INPUT": "input_scale", "SMALLEST_HALF": "precision", "the optimizer's eps": "precision",
     "IDLE": "residual_mismatch", "OVERCOME": "forward_scale", "FIRST_REACH": "update_too_large",
-    "ROUNDING": "exploding", "BALANCE": "over_regularized", "KEPT": "over_regularized", "SAME": "linear_stack",
+    "ROUNDING": "exploding", "BALANCE": "over_regularized", "KEPT": "over_regularized",
+    "SHRUNK": "over_regularized", "PROBABLE": "targets", "HUGE": "non_finite", "SAME": "linear_stack",
     "APART": "correlation_collapse", "LEAST_FALL": "chance_level", "STILL": "chance_level",
     "LEAST_WON": "too_few_steps",
 }  # fmt: skip

@@ -14,6 +14,7 @@ from bpdiag.diagnosis.ledger import Profile, rose
 LARGE_INPUT = 10.0  # rms of the data: standardized it is 1, pixels in 0 ... 255 have about 80
 SMALL_INPUT = 0.1  # norm of what a unit of the first layer sums: a one-hot row has 1, pixels in 0 ... 1 have 9
 LARGE_TARGET = 30.0  # times the first outputs, or 1: a standardized target is 1
+PROBABLE = 1.0 + 1e-6  # of a target of binary cross-entropy, rounding aside
 FEW = 8  # samples a batch, and batches: in fewer one class may prevail by luck
 
 
@@ -63,8 +64,14 @@ def input_scale(p: Profile) -> Iterator[Finding]:
 
 
 def targets(p: Profile) -> Iterator[Finding]:
-    """Targets far larger than anything the net gives out, and a loss that stands still or blows up."""
-    if not p.lines or not len(p.steps) or p.steps[0] != 0 or p.converged[-1]:
+    """Targets far larger than anything the net gives out, and a loss that stands still or blows up.
+
+    Or targets that are no probabilities, for a loss that takes the logarithm of one.
+    """
+    if not p.lines or not len(p.steps):
+        return
+    yield from _out_of_range(p)
+    if p.steps[0] != 0 or p.converged[-1]:
         return
     size = _target_size(p)
     out = p.trace.value("z_rms", p.lines[-1], 0) or 0.0
@@ -91,6 +98,29 @@ def targets(p: Profile) -> Iterator[Finding]:
         source="ours: an output has to grow to the size of its target before it can tell samples apart",
         sentence=f"The targets are out of scale: their rms is {size:.3g}, that of the first outputs {out:.2g}.",
         why="Every gradient is as many times larger, and all of it says one thing: give out more.",
+    )
+
+
+def _out_of_range(p: Profile) -> Iterator[Finding]:
+    """A binary cross-entropy asked for more than 1: some target is, where their rms is."""
+    ops = [step["op"].lower() for step in p.trace.meta.get("loss_path") or []]
+    size = p.trace.told("target_rms")
+    if not any(op.startswith("binarycrossentropy") for op in ops) or not (size > PROBABLE).any():
+        return
+    most = float(size[np.isfinite(size)].max())
+    yield Finding(
+        kind="targets",
+        severity="harm",
+        layers=p.names([len(p.lines) - 1]),
+        onset_step=int(p.steps[size > PROBABLE][0]),
+        cause="target out of range: no probability",
+        evidence={"target_rms": most, "loss": float(p.losses[-1])},
+        confidence=1.0,
+        remedy="give binary cross-entropy targets from 0 to 1 (masks of 0 and 255: divide by 255)",
+        expected=f"rms of the targets from {most:.3g} to 1 or less",
+        source="structure: binary cross-entropy is bounded below for targets from 0 to 1 alone",
+        sentence=f"The targets are no probabilities: their rms is {most:.3g}, and binary cross-entropy takes 0 to 1.",
+        why="For a target above 1 the loss falls without end as the output grows.",
     )
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from bpdiag.diagnosis.beginning import guessing_loss
 from bpdiag.diagnosis.finding import Finding
 from bpdiag.diagnosis.interface import SHAPES
 from bpdiag.diagnosis.ledger import Profile, rose
 from bpdiag.trace import Trace
 
 GROWN = 2.0  # forward gain a layer; at the critical weights it is 1
+HUGE = 1e3  # times ln K: a first loss beyond
 # operations that are finite where their slope is not, or that a finite number takes to infinity; the likelier first
 STEEP = (
     "sqrt", "rsqrt", "log", "norm", "linalgvectornorm", "cdist", "acos", "asin", "reciprocal", "div", "pow", "log2",
@@ -73,7 +75,9 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     rate = trace.meta.get("optimizer", {}).get("lr", math.nan)
     evidence["learning_rate"] = float(rate)
     grown = evidence.get("forward_gain", 1.0)
-    explodes = cause in ("forward", "weights") and grown > GROWN
+    # a first loss so large is the forward pass's, also where no single gain could be told
+    huge = tame.size > 0 and bool(p.lines) and first_loss > HUGE * guessing_loss(p)
+    explodes = cause in ("forward", "weights") and (grown > GROWN or huge)
     diverged = not explodes and cause not in ("input", "target") and rose(trace)
     blamed = f"{cause} of {op}" if op and not diverged else cause
     if cause == "input":
@@ -110,7 +114,11 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         sentence=f"The numbers are not finite from step {first}: first seen {where}.",
         why=(f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.")
         + (f" There stands {op}, whose value or slope has a pole." if op and not diverged else "")
-        + (f" Each layer multiplies what passes by {grown:.2g}." if explodes else "")
+        + (
+            f" Each layer multiplies what passes by {grown:.2g}; the first loss was {first_loss:.3g}."
+            if explodes
+            else ""
+        )
         + (f" Before, the loss rose from {first_loss:.3g} to {highest:.3g}." if diverged else ""),
     )
 

@@ -17,6 +17,7 @@ ALIKE = math.exp(-6)  # 1 - c: six correlation lengths (Schoenholz et al. 2017, 
 APART = 0.01  # 1 - c of the data: below, they are alike themselves
 DECOUPLED = ("AdamW", "NAdamW", "Lion")  # decay beside a step of fixed size
 BALANCE = 1 / 3  # of Adam's step: decay at balance with gradients of one sign takes all of it, with mixed ones a part
+SHRUNK = 0.1  # of their first size: weights do not shrink so by learning
 KEPT = 0.2  # of the units: dropout's usual 0.1 to 0.5 keep half or more
 IDLE = 0.01  # of 1/blocks: branches whose squared gain is less add nothing (1 + beta^2)^blocks = 1.01
 
@@ -154,6 +155,38 @@ def _dropped(p: Profile) -> Iterator[Finding]:
     )
 
 
+def _shrunk(p: Profile) -> Iterator[Finding]:
+    """Weights drawn to 0, by the optimizer's decay or by a penalty in the loss."""
+    if not p.lines or not p.finite.any():
+        return
+    decay = float(p.trace.meta.get("optimizer", {}).get("weight_decay", 0.0) or 0.0)
+    by = "weight decay" if decay else "a penalty in the loss"
+    W = p.trace.column("W_rms")[0][:, p.lines]
+    first = W[0]
+    with np.errstate(all="ignore"):
+        share = np.where(first > 0, W / first, np.nan)
+    small = (np.nan_to_num(share, nan=1.0) < SHRUNK).sum(axis=1) * 2 > np.isfinite(first).sum()
+    told = verdict(p, small & p.plateau & p.finite & ~p.converged)
+    if told is None or told[0] != "harm":
+        return
+    _, quote, onset, confidence = told
+    left = float(np.nanmedian(share[quote]))
+    yield Finding(
+        kind="over_regularized",
+        severity="harm",
+        layers=p.names(range(len(p.lines))),
+        onset_step=onset,
+        cause=f"weights drawn to 0: {by}",
+        evidence={"weights_left": left, "weight_decay": decay, "loss": float(p.losses[quote[-1]])},
+        confidence=confidence,
+        remedy=f"lower {by} a hundredfold" + (f", from {decay:.2g} to {decay / 100:.2g}" if decay else ""),
+        expected=f"rms of the weights from {percent(left)} of what they began with to about as much",
+        source="ours",
+        sentence=f"The weights shrink to nothing: {percent(left)} of their first size is left.",
+        why=f"The loss stands at {p.losses[quote[-1]]:.3g}: something pulls them to 0.",
+    )
+
+
 def _is_read_alone(p: Profile) -> bool:
     """Whether the last layer reads the one below and nothing else: a head that reads a sum does not."""
     below, last = (p.trace.layers[i] for i in p.lines[-2:])
@@ -165,9 +198,14 @@ def over_regularized(p: Profile) -> Iterator[Finding]:
     """Weight decay pulls harder than the loss in most layers, or dropout leaves next to nothing; the loss stands still.
 
     SGD: lambda |W| > |g_W|.  AdamW, whose own step has the size of 1 an element whatever the gradient: lambda rms(W)
-    above a third, where the two have come to balance.  Dropout: less than a fifth of the units are kept.
+    above a third, where the two have come to balance.  A penalty inside the loss: most weights are under a tenth of
+    their first size.  Dropout: less than a fifth of the units are kept.
     """
     yield from _dropped(p)
+    shrunk = list(_shrunk(p))
+    yield from shrunk
+    if shrunk:
+        return
     optimizer = p.trace.meta.get("optimizer", {})
     decay = float(optimizer.get("weight_decay", 0.0) or 0.0)
     decoupled = optimizer.get("name") in DECOUPLED

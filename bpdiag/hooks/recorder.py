@@ -132,7 +132,7 @@ class Recorder:
         self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
         if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
             self._scales.await_gradient(loss, self._passes.number)
-            self._target = describe_target(loss)
+            self._target |= describe_target(loss)
 
     def loss_path(self, loss: Tensor) -> list[dict[str, Any]]:
         """What stands between the model's output and ``loss``; empty where that is not known, as between samples."""
@@ -219,7 +219,7 @@ class Recorder:
         self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
-        self._scales, self._target = Scales(), {}
+        self._scales, self._target = Scales(), dict[str, Any]()
         self._slopes.forget()
         self._weights.forget()
 
