@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from bpdiag import statistics
-
-MOST_PARTS = 4096  # of a norm kept in parts until the step ends: more would be memory
+from bpdiag.hooks.shelf import MOST_PARTS, Box, Held, Shelf, pick
 
 Table = dict[Any, Any]
 Place = tuple[Table, Any]  # a table, and the key of a number in it
 
 
-def norm_by_sample(x: Tensor) -> Tensor:
-    """‖x_i‖ for each sample, (B,), which ``Reading`` reads as ‖x‖; () where the samples are too many to keep."""
-    return kept(statistics.lengths(statistics.by_sample(x)))
+def norm_by_sample(x: Tensor, shelf: Shelf) -> Tensor | Held:
+    """‖x_i‖ for each sample, (B,), which ``Reading`` reads as ‖x‖; () where the samples are too many to keep.
+
+    Of a small tensor that finds room on ``shelf`` later.
+    """
+    return shelf.hold(x, "g") or kept(statistics.lengths(statistics.by_sample(x)))
 
 
 def kept(parts: Tensor) -> Tensor:
@@ -30,7 +32,8 @@ def kept(parts: Tensor) -> Tensor:
 class Reading:
     """What the host is going to read.
 
-    A table's () tensor is its number, a vector stands for its norm: those of a length are reduced together.
+    A table's () tensor is its number, a vector stands for its norm, what waits on a shelf for its own: those of a length
+    or in a box are reduced together.
     """
 
     def __init__(self) -> None:
@@ -45,9 +48,14 @@ class Reading:
         """Replace every tensor in ``tables`` by its number, and enter those told."""
         singles: dict[torch.device, list[tuple[Tensor, Place]]] = {}
         vectors: dict[tuple[torch.device, int], list[tuple[Tensor, Place]]] = {}
+        waiting: dict[Box, list[tuple[Held, Place]]] = {}
         for table in tables:
             for key, x in table.items():
-                if isinstance(x, Tensor):
+                if type(x) is float:
+                    continue
+                if type(x) is Held:
+                    waiting.setdefault(x.box, []).append((x, (table, key)))
+                elif isinstance(x, Tensor):
                     if type(x) is not Tensor and hasattr(
                         x, "full_tensor"
                     ):  # of a sharded tensor: the norm of the whole, on every process
@@ -56,6 +64,8 @@ class Reading:
                         vectors.setdefault((x.device, x.shape[0]), []).append((x, (table, key)))
                     else:
                         singles.setdefault(x.device, []).append((x, (table, key)))
+        for box, held in waiting.items():
+            self._measure(box, held)
         for alike in vectors.values():
             stack, of_stack = torch.stack([x for x, _ in alike]), [place for _, place in alike]
             self._vectors.append((stack, of_stack))
@@ -69,6 +79,22 @@ class Reading:
             read = torch.cat([numbers for numbers, _ in told]).tolist()
             for (table, key), number in zip((place for _, places in told for place in places), read, strict=True):
                 table[key] = number
+
+    def _measure(self, box: Box, held: Sequence[tuple[Held, Place]]) -> None:
+        """All that waits in one box."""
+        taken = sorted({x.place for x, _ in held})
+        stack, lengths = box.at(taken), box.lengths(taken)
+        row = {place: i for i, place in enumerate(taken)}
+        whole = [(row[x.place], place) for x, place in held if not x.of_units]
+        if whole:
+            parts, places = pick(lengths, [i for i, _ in whole]), [place for _, place in whole]
+            self._vectors.append((parts, places))
+            self.tell(statistics.lengths(parts), places)
+        units = [(row[x.place], place) for x, place in held if x.of_units]
+        if units:
+            rows = [i for i, _ in units]
+            sums = statistics.sum_of_units(pick(stack, rows).flatten(2), pick(lengths, rows))
+            self.tell(statistics.lengths(sums), [place for _, place in units])
 
     def samples(self) -> dict[tuple[int, Any], int]:
         """(id of a table, key) of a norm that is not finite -> the sample that makes it so, where it is one alone.
