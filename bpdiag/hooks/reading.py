@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bpdiag import statistics
-from bpdiag.hooks.shelf import MOST_PARTS, Box, Held, Shelf, pick
+from bpdiag.hooks.shelf import MOST_PARTS, Box, Held, Shelf
 
 Table = dict[Any, Any]
-Place = tuple[Table, Any]  # a table, and the key of a number in it
+Place = tuple[int, Table, Any]  # which of several numbers, and where it goes: a table, and its key there
 
 
 def norm_by_sample(x: Tensor, shelf: Shelf) -> Tensor | Held:
@@ -40,61 +40,60 @@ class Reading:
         self._told: list[tuple[Tensor, Sequence[Place]]] = []
         self._vectors: list[tuple[Tensor, Sequence[Place]]] = []
 
-    def tell(self, numbers: Tensor, places: Sequence[Place]) -> None:
-        """(n,) numbers of n places."""
-        self._told.append((numbers, places))
+    def tell(self, numbers: Tensor, places: Sequence[tuple[Table, Any]]) -> None:
+        """(n,) numbers of n places, each a table and a key."""
+        self._told.append((numbers, [(i, table, key) for i, (table, key) in enumerate(places)]))
 
     def read(self, tables: Iterable[Table]) -> None:
         """Replace every tensor in ``tables`` by its number, and enter those told."""
-        singles: dict[torch.device, list[tuple[Tensor, Place]]] = {}
-        vectors: dict[tuple[torch.device, int], list[tuple[Tensor, Place]]] = {}
-        waiting: dict[Box, list[tuple[Held, Place]]] = {}
+        singles: dict[torch.device, list[tuple[Tensor, Table, Any]]] = {}
+        vectors: dict[tuple[torch.device, torch.Size], list[tuple[Tensor, Table, Any]]] = {}
+        waiting: dict[Box, tuple[list[Place], list[Place]]] = {}
         for table in tables:
             for key, x in table.items():
-                if type(x) is float:
-                    continue
                 if type(x) is Held:
-                    waiting.setdefault(x.box, []).append((x, (table, key)))
+                    if x.box not in waiting:
+                        waiting[x.box] = [], []
+                    waiting[x.box][x.of_units].append((x.place, table, key))
                 elif isinstance(x, Tensor):
                     if type(x) is not Tensor and hasattr(
                         x, "full_tensor"
                     ):  # of a sharded tensor: the norm of the whole, on every process
                         x = x.full_tensor()
                     if x.dim():
-                        vectors.setdefault((x.device, x.shape[0]), []).append((x, (table, key)))
+                        vectors.setdefault((x.device, x.shape), []).append((x, table, key))
                     else:
-                        singles.setdefault(x.device, []).append((x, (table, key)))
-        for box, held in waiting.items():
-            self._measure(box, held)
+                        singles.setdefault(x.device, []).append((x, table, key))
+        for box, (whole, units) in waiting.items():
+            self._measure(box, whole, units)
         for alike in vectors.values():
-            stack, of_stack = torch.stack([x for x, _ in alike]), [place for _, place in alike]
-            self._vectors.append((stack, of_stack))
-            self.tell(statistics.lengths(stack), of_stack)
+            stack = torch.stack([x for x, _, _ in alike])
+            self._reduce(stack, [(i, table, key) for i, (_, table, key) in enumerate(alike)])
         for group in singles.values():
-            self.tell(torch.stack([x for x, _ in group]), [place for _, place in group])
+            self.tell(torch.stack([x for x, _, _ in group]), [(table, key) for _, table, key in group])
         by_device: dict[torch.device, list[tuple[Tensor, Sequence[Place]]]] = {}
         for numbers, places in self._told:
             by_device.setdefault(numbers.device, []).append((numbers, places))
         for told in by_device.values():
-            read = torch.cat([numbers for numbers, _ in told]).tolist()
-            for (table, key), number in zip((place for _, places in told for place in places), read, strict=True):
-                table[key] = number
+            read, first = torch.cat([numbers for numbers, _ in told]).tolist(), 0
+            for numbers, places in told:
+                for i, table, key in places:
+                    table[key] = read[first + i]
+                first += len(numbers)
 
-    def _measure(self, box: Box, held: Sequence[tuple[Held, Place]]) -> None:
+    def _reduce(self, stack: Tensor, places: Sequence[Place], narrow: bool = False) -> None:
+        """Norms in parts (n, P); ``narrow``: each is that of numbers narrower than itself, which can be squared."""
+        numbers = torch.linalg.vector_norm(stack, dim=1) if narrow else statistics.lengths(stack)
+        self._vectors.append((stack, places))
+        self._told.append((numbers, places))
+
+    def _measure(self, box: Box, whole: Sequence[Place], units: Sequence[Place]) -> None:
         """All that waits in one box."""
-        taken = sorted({x.place for x, _ in held})
-        stack, lengths = box.at(taken), box.lengths(taken)
-        row = {place: i for i, place in enumerate(taken)}
-        whole = [(row[x.place], place) for x, place in held if not x.of_units]
-        if whole:
-            parts, places = pick(lengths, [i for i, _ in whole]), [place for _, place in whole]
-            self._vectors.append((parts, places))
-            self.tell(statistics.lengths(parts), places)
-        units = [(row[x.place], place) for x, place in held if x.of_units]
+        stack = box.taken()
+        lengths = statistics.lengths(stack.flatten(0, 1)).view(stack.shape[:2])
+        self._reduce(lengths, whole, narrow=stack.dtype != lengths.dtype)
         if units:
-            rows = [i for i, _ in units]
-            sums = statistics.sum_of_units(pick(stack, rows).flatten(2), pick(lengths, rows))
-            self.tell(statistics.lengths(sums), [place for _, place in units])
+            self._told.append((statistics.lengths(statistics.sum_of_units(stack, lengths)), units))
 
     def samples(self) -> dict[tuple[int, Any], int]:
         """(id of a table, key) of a norm that is not finite -> the sample that makes it so, where it is one alone.
@@ -103,9 +102,9 @@ class Reading:
         """
         found = {}
         for stack, places in self._vectors:
-            bad = [i for i, (table, key) in enumerate(places) if not math.isfinite(table[key])]
+            bad = [place for place in places if not math.isfinite(place[1][place[2]])]
             if bad:
-                for i, where in zip(bad, (~torch.isfinite(stack[bad])).tolist(), strict=True):
+                for (_, table, key), where in zip(bad, (~torch.isfinite(stack[[i for i, *_ in bad]])).tolist(), strict=True):
                     if sum(where) == 1:
-                        found[id(places[i][0]), places[i][1]] = where.index(True)
+                        found[id(table), key] = where.index(True)
         return found

@@ -191,6 +191,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._weights.give_back()
 
     def _release(self) -> None:
         """What outlives a graph goes when its step ends."""
@@ -354,7 +355,7 @@ class Recorder:
             self._step_handles.append(handle)
 
     def _measure(self, call: Call, tensor: str, x: Tensor) -> Held | None:
-        held = self._shelf.hold(x, call.rule or tensor)
+        held = self._shelf.hold(x, call.rule or (tensor, call.fan_in is None))
         call.sizes[tensor] = x.numel()
         if held:
             call.values[f"{tensor}_norm"], samples = held, len(x)
@@ -454,7 +455,7 @@ class Recorder:
         losses = self._read(reading, [*tables, *self._scales.told.values(), rate])
         self._name_bad_samples(reading)
         self._slopes.enter(self._calls)
-        gaps += self._weights.settle(self._calls, no_update)
+        gaps += self._weights.settle(no_update)
         self._divide_scales_out()
         self._join_checkpoints()
         ways, more = derive(self._calls, self._given)

@@ -51,15 +51,14 @@ class Box:
         self._slots[place].copy_(x.detach())
         return place
 
-    def lengths(self, places: list[int]) -> Tensor:
-        """(n, B) ‖x_i‖ for each sample of each tensor at these places."""
-        stack = self.at(places)
-        rows = stack.reshape(stack.shape[0] * stack.shape[1], -1)
-        return statistics.lengths(rows).view(stack.shape[:2])
+    def taken(self) -> Tensor:
+        """(n, B, N) all that stands in it, N numbers for each of B samples."""
+        stack = self.stack[: self.capacity - len(self._free)]
+        return stack.flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
 
     def at(self, places: list[int]) -> Tensor:
         """(n, *shape) what stands at these places."""
-        return pick(self.stack, places)
+        return self.stack[: len(places)] if places == list(range(len(places))) else self.stack[places]
 
 
 class Held(NamedTuple):
@@ -108,7 +107,3 @@ class Shelf:
 
 
 
-
-def pick(stack: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a stack; the first of them, in order, are not copied."""
-    return stack[: len(rows)] if rows == list(range(len(rows))) else stack[rows]
