@@ -90,7 +90,7 @@ class Reading:
     def _measure(self, box: Box, whole: Sequence[Place], units: Sequence[Place]) -> None:
         """All that waits in one box."""
         stack = box.taken()
-        lengths = statistics.lengths(stack.flatten(0, 1)).view(stack.shape[:2])
+        lengths = box.lengths()
         self._reduce(lengths, whole, narrow=stack.dtype != lengths.dtype)
         if units:
             self._told.append((statistics.lengths(statistics.sum_of_units(stack, lengths)), units))

@@ -18,6 +18,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from bpdiag import statistics
 
 LARGEST = 2**16  # elements of a tensor that waits: of a larger one the arithmetic is what costs
+WIDE = LARGEST  # elements of them that are copied into a wider format at once: on a CPU these stay in its cache
 ROOM = 2**20  # elements of all that waits: 4 MiB in float32
 
 MOST_PARTS = 4096  # of a norm kept in parts until the step ends: more would be memory
@@ -30,10 +31,10 @@ Kind = tuple[torch.Size, torch.dtype, torch.device, Any]  # shape, and what it i
 class Box:
     """Room for a number of tensors of one kind."""
 
-    def __init__(self, kind: Kind, capacity: int) -> None:
+    def __init__(self, kind: Kind, capacity: int, wide: Tensor) -> None:
         shape, dtype, device, _ = kind
         self.stack = torch.empty((capacity, *shape), dtype=dtype, device=device)
-        self.capacity = capacity
+        self.capacity, self._wide = capacity, wide
         self._slots = self.stack.unbind()
         self.clear()
 
@@ -56,6 +57,20 @@ class Box:
         stack = self.stack[: self.capacity - len(self._free)]
         return stack.flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
 
+    def lengths(self) -> Tensor:
+        """(n, B) ‖x_i‖ for each sample of each tensor that stands in it, as ``statistics.lengths``."""
+        stack = self.taken()
+        rows = stack.flatten(0, 1)
+        if rows.device.type != "cpu" or rows.dtype == torch.float64:
+            return statistics.lengths(rows).view(stack.shape[:2])
+        # into a wide copy that stays: new memory for each would cost more than the sums
+        found = torch.empty(len(rows), dtype=torch.float64)
+        several = max(WIDE // rows.shape[1], 1)
+        for part, told in zip(rows.split(several), found.split(several), strict=True):
+            wide = self._wide[: part.numel()].view(part.shape)
+            torch.linalg.vector_norm(wide.copy_(part), dim=1, out=told)
+        return found.view(stack.shape[:2])
+
     def at(self, places: list[int]) -> Tensor:
         """(n, *shape) what stands at these places."""
         return self.stack[: len(places)] if places == list(range(len(places))) else self.stack[places]
@@ -75,6 +90,7 @@ class Shelf:
     def __init__(self) -> None:
         self._boxes: dict[Kind, Box] = {}
         self._asked: dict[Kind, int] = {}
+        self._wide = torch.empty(WIDE, dtype=torch.float64, device="cpu")
 
     def forget(self) -> None:
         """The step is over: make room for as many as it had."""
@@ -85,7 +101,7 @@ class Shelf:
                 left -= needed
                 box = before.get(kind)
                 if box is None or box.capacity != number:
-                    box = Box(kind, number)
+                    box = Box(kind, number, self._wide)
                 box.clear()
                 self._boxes[kind] = box
         self._asked.clear()
