@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import sys
 import threading
 from collections import deque
@@ -23,7 +24,6 @@ from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
-from bpdiag.hooks.shelf import Held, Shelf
 from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
 from bpdiag.hooks.unseen import foreign_parameters, named_modules, refuse, unseen
 from bpdiag.hooks.weights import Weights
@@ -32,21 +32,18 @@ from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
 
 
-class _Hook:
+def _nothing(*_: Any) -> None:
+    """What a hook does in a copy."""
+
+
+class _Hook(partial[None]):
     """A hook that a copy or a pickle of the model does not take along: there it does nothing."""
 
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any) -> None:
-        if self.call is not None:
-            self.call(*args)
-
     def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook()
+        return _Hook(_nothing)
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[..., None]]]:
+        return _Hook, (_nothing,)
 
 
 class Recorder:
@@ -80,7 +77,7 @@ class Recorder:
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
-        self._shelf, self._slopes, self._weights = Shelf(), Slopes(), Weights(self._clock)
+        self._slopes, self._weights = Slopes(), Weights(self._clock)
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
         self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
@@ -162,9 +159,9 @@ class Recorder:
         if self._eager is None and "torch._dynamo" in sys.modules:
             self._eager = torch.compiler.set_stance("force_eager")  # what is compiled runs as written: hooks fire there
         # hooks stand as long as every step is sampled and nothing changes that they were put up by
-        weights = ((m, m._parameters.get("weight")) for m in self.model.modules())
-        standing = [(m, w, w is not None and w.requires_grad, m.__dict__.get("inplace")) for m, w in weights]
-        if not self._handles or not _same(standing, self._standing):
+        standing = _what_hooks_stand_on(self.model)
+        before = self._standing
+        if not self._handles or len(standing) != len(before) or not all(map(operator.is_, standing, before)):
             self._take_down()
             self._put_up()
             self._standing = standing
@@ -184,8 +181,8 @@ class Recorder:
         for weight in self._watched_weights():
             if weight.requires_grad:
                 met, left = self._weights.met_by_backward, self._weights.left_by_backward
-                self._handles.append(weight.register_hook(_Hook(partial(met, weight))))
-                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(left)))
+                self._handles.append(weight.register_hook(_Hook(met, self._weights.of(weight))))
+                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(left, self._weights.of(weight))))
 
     def _take_down(self) -> None:
         for handle in self._handles:
@@ -209,7 +206,7 @@ class Recorder:
     def _forget(self) -> None:
         self._calls: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
-        self._graph = Graph(self._shelf)
+        self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
         self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
@@ -220,7 +217,6 @@ class Recorder:
         self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
         self._thread: int | None = None  # the one whose calls are this step's
         self._scales = Scales()
-        self._shelf.forget()
         self._slopes.forget()
         self._weights.forget()
 
@@ -241,7 +237,7 @@ class Recorder:
             self._inside = True
             self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
-            self._graph = Graph(self._shelf)
+            self._graph = Graph()
             self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
@@ -263,17 +259,20 @@ class Recorder:
             self._graph.measure_forks()
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        place = self._place(module)
+        recomputed = _recomputing()
+        place = self._place(module, recomputed)
         if place is None or place[0] >= MOST_PASSES:
             return
-        every = (output,) if isinstance(output, Tensor) else leaves(output)
-        outs = [t for t in every if t.is_floating_point() or t.is_complex()]
-        outs = [t for t in outs if t.requires_grad] or outs[:1]
+        if isinstance(output, Tensor) and output.requires_grad:
+            outs = [output]
+        else:
+            outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
+            outs = [t for t in outs if t.requires_grad] or outs[:1]
         if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
             why = "called under torch.func, whose tensors take no hooks" if outs else "its output holds no tensor"
             self._passed_over[self._names[module]] = why
             return
-        within = torch._C._current_autograd_node() if _recomputing() else None
+        within = torch._C._current_autograd_node() if recomputed else None
         out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
         facts = self._facts_of(module)
         call = Call(
@@ -290,7 +289,7 @@ class Recorder:
         )
         self._graph.read(walk, call)
         self._calls.append(call)
-        held = self._measure(call, call.tensor, out)
+        self._measure(call, call.tensor, out)
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not x.is_floating_point():
             x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
@@ -298,7 +297,7 @@ class Recorder:
             saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
             if saved is not None:
                 learned = [getattr(module, name) for name in call.rule.learnable]
-                self._slope(call, held if saved is out else None, saved, *learned)
+                self._slopes.measure(call, call.rule, saved, *learned)
         if x is not None and x is not out and facts.childless:  # in place x is gone
             self._measure_input(call, x)
         for i, t, view in where_gradients_come(outs, (args, kwargs)):
@@ -310,19 +309,20 @@ class Recorder:
             facts = self._facts[module] = Facts(module, self._names[module])
         return facts
 
-    def _place(self, module: nn.Module) -> tuple[int, int, int] | None:
+    def _place(self, module: nn.Module, recomputed: bool) -> tuple[int, int, int] | None:
         """(pass, place in the order of execution, which call of this module) of a call to be recorded; else None.
 
         A call without gradient inside the forward pass keeps its place: a reentrant checkpoint calls again, with
         gradient, when the backward comes there.
         """
-        if _recomputing():
+        with_gradient = torch.is_grad_enabled()
+        if recomputed:
             waiting = self._waiting.get(module)
-            return waiting.popleft() if waiting and torch.is_grad_enabled() else None
+            return waiting.popleft() if waiting and with_gradient else None
         if not self._is_ours():
             self._passed_over[self._names[module]] = "called from another thread only"
             return None
-        if not torch.is_grad_enabled():
+        if not with_gradient:
             self._passed_over[self._names[module]] = "called without gradient only"
             if not self._inside:
                 return None
@@ -330,7 +330,7 @@ class Recorder:
         number = self._counts.get(module, 0)
         self._counts[module] = number + 1
         place = self._pass, self._order, number
-        if torch.is_grad_enabled():
+        if with_gradient:
             return place
         self._waiting.setdefault(module, deque()).append(place)
         return None
@@ -338,46 +338,30 @@ class Recorder:
     def _await(self, call: Call, i: int, out: Tensor, view: View | None) -> None:
         """Measure the cotangent of the i-th output when it comes, to it or, as ~i, below it."""
 
-        def arrived(g: Tensor) -> None:
-            if ~i in call.events:
+        def arrived(g: Tensor | None) -> None:
+            if g is None or ~i in call.events:
                 return
             g = g if view is None else view.of(g)
             call.events[i] = call.events.get(i, 0) + 1
-            call.values[f"_{call.g}_{i}"] = norm_by_sample(g, self._shelf)
+            call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
             call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
             if i in (0, ~0):
                 self._draw(call, call.g, g)
 
-        handle = on_gradient(out, arrived)
+        handle = out.register_hook(arrived)
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
             self._step_handles.append(handle)
 
-    def _measure(self, call: Call, tensor: str, x: Tensor) -> Held | None:
-        held = self._shelf.hold(x, call.rule or (tensor, call.fan_in is None))
-        call.sizes[tensor] = x.numel()
-        if held:
-            call.values[f"{tensor}_norm"], samples = held, len(x)
-        else:
-            rows = statistics.by_sample(x)
-            lengths, samples = statistics.lengths(rows), len(rows)
-            call.values[f"{tensor}_norm"] = kept(lengths)
-        if tensor == "z" and call.fan_in is not None and samples > 1:
-            held_too = held and held._replace(of_units=True)
-            call.values["_units_norm"] = held_too or kept(statistics.sum_of_units(rows, lengths))
-            call.samples = samples
+    def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
+        rows = statistics.by_sample(x)
+        lengths = statistics.lengths(rows)
+        call.values[f"{tensor}_norm"], call.sizes[tensor] = kept(lengths), x.numel()
+        if tensor == "z" and call.fan_in is not None and len(rows) > 1:
+            call.values["_units_norm"] = kept(statistics.sum_of_units(rows, lengths))
+            call.samples = len(rows)
         self._draw(call, tensor, x)
-        return held
-
-    def _slope(self, call: Call, held: Held | None, saved: Tensor, *learned: Tensor) -> None:
-        """Of a call's activation, from what its slope is computed from, which may have been ``held`` already."""
-        assert call.rule
-        held = None if learned else held or self._shelf.hold(saved, (call.rule, "slope"))
-        if held:
-            self._slopes.wait(call, call.rule, held)
-        else:
-            self._slopes.measure(call, call.rule, saved, *learned)
 
     def _draw(self, call: Call, tensor: str, x: Tensor) -> None:
         if self.histograms and call.backward == 0:
@@ -401,17 +385,17 @@ class Recorder:
         if rule is not None and alone and call.parents[0].tensor == "z" and "a_norm" not in call.parents[0].values:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
-            held = self._measure(below, "a", x)
+            self._measure(below, "a", x)
             saved = kept_by(x, rule)
             if saved is not None:
-                self._slope(below, held if saved[0] is x else None, *saved)
+                self._slopes.measure(below, rule, *saved)
         if owner is None:
             if call.fan_in is None:
                 return
             self._measure(call, "x", x)
 
         def arrived(g: Tensor) -> None:
-            call.values["_entering_norm"] = norm_by_sample(g, self._shelf)
+            call.values["_entering_norm"] = norm_by_sample(g)
             if owner is not None:
                 self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
@@ -596,8 +580,16 @@ def _recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _same(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
-    """Whether two lists hold the very same objects."""
-    return len(one) == len(other) and all(
-        a is b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
-    )
+def _what_hooks_stand_on(model: nn.Module) -> list[Any]:
+    """Each module, its weight, whether that is trained, whether it works in place: where one changes, hooks do."""
+    found: list[Any] = []
+    seen, stack = {model}, [model]
+    while stack:
+        module = stack.pop()
+        weight = module._parameters.get("weight")
+        found += module, weight, weight is not None and weight.requires_grad, module.__dict__.get("inplace")
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return found

@@ -44,6 +44,11 @@ class _Weight:
         """What this step measured."""
         self.copy = self.size = self.left = self.raw = self.met = self.gradient = self.stale = None
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether this step has measured anything of it."""
+        return not (self.stale is None and self.left is None and self.copy is None)
+
     def norm(self, kind: str, x: Tensor) -> Tensor:
         """As a number, or in parts."""
         if kind in self.narrow and type(x) is Tensor and x.dtype == torch.float32 and x.dim() > 1 and x.is_contiguous():
@@ -75,9 +80,10 @@ class Weights:
             one.forget()
 
     def give_back(self) -> None:
-        """The memory of the copies: the next step is not sampled."""
+        """The memory of the copies, and of weights that are no more: the next step is not sampled."""
         for one in self._known.values():
             one.room = None
+        self._known = {p: one for p, one in self._known.items() if one.narrow or one.is_begun}
 
     def of(self, p: nn.Parameter) -> _Weight:
         """What is known of a weight."""
@@ -85,17 +91,16 @@ class Weights:
             self._known[p] = _Weight(p)
         return self._known[p]
 
-    def met_by_backward(self, p: nn.Parameter, g: Tensor) -> None:
+    def met_by_backward(self, one: _Weight, g: Tensor) -> None:
         """A backward is about to add to a weight's gradient: the first of a step should find none."""
-        one = self.of(p)
         if one.stale is None:
-            one.stale = 0.0 if p.grad is None else statistics.norm(p.grad)
+            before = one.p.grad
+            one.stale = 0.0 if before is None else statistics.norm(before)
 
-    def left_by_backward(self, p: nn.Parameter) -> None:
+    def left_by_backward(self, one: _Weight, p: nn.Parameter) -> None:
         """A backward has added to a weight's gradient."""
         gradient = p.grad
         if gradient is not None:
-            one = self.of(p)
             one.left = gradient, gradient._version
             one.raw = one.norm("g_W_raw", gradient.detach())
 
