@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bpdiag.hooks.call import Call, leaves
 from bpdiag.hooks.reading import norm_by_sample
+from bpdiag.hooks.shelf import Shelf
 
 MOST_NODES = 10_000  # looked at between two layers
 
@@ -36,8 +37,9 @@ class Walk:
 class Graph:
     """The graph of one forward pass, as far as it was walked."""
 
-    def __init__(self) -> None:
+    def __init__(self, shelf: Shelf) -> None:
         self.made_by: dict[Place, Call] = {}
+        self._shelf = shelf
         self._readers: dict[Place, dict[Edge | None, dict[Call | None, None]]] = {}
         self._below: dict[Any, Walk] = {}  # a checkpoint -> what its input was computed from
 
@@ -111,7 +113,7 @@ class Graph:
                     alone.setdefault((reader, source), []).append(edge)
         for (reader, source), ways in alone.items():
             if len(ways) == 1:  # of several the norms do not add
-                _measure(reader, source, *ways[0])
+                _measure(reader, source, *ways[0], self._shelf)
 
     def _source(self, place: Place, readers: Iterable[Call | None]) -> Call | None:
         """Whose output it is, or was before a function changed it."""
@@ -174,10 +176,10 @@ def is_checkpoint(node: Any) -> bool:
     return bool(node.name() == "CheckpointFunctionBackward")
 
 
-def _measure(reader: Call, source: Call, node: Any, i: int) -> None:
+def _measure(reader: Call, source: Call, node: Any, i: int, shelf: Shelf) -> None:
     def arrived(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
         g = grad_inputs[i]
         again = source in reader.edges  # a second backward through the same graph
-        reader.edges[source] = None if again or g is None else norm_by_sample(g)
+        reader.edges[source] = None if again or g is None else norm_by_sample(g, shelf)
 
     node.register_hook(arrived)

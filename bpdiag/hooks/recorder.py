@@ -24,6 +24,7 @@ from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
+from bpdiag.hooks.shelf import Held, Shelf
 from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
 from bpdiag.hooks.unseen import foreign_parameters, named_modules, refuse, unseen
 from bpdiag.hooks.weights import Weights
@@ -77,7 +78,7 @@ class Recorder:
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
-        self._slopes, self._weights = Slopes(), Weights(self._clock)
+        self._shelf, self._slopes, self._weights = Shelf(), Slopes(), Weights(self._clock)
         self._stepped = False  # whether an optimizer has, since the scaler's last update
         self._skipped: list[int] = []  # steps, until the next sample
         self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
@@ -206,7 +207,7 @@ class Recorder:
     def _forget(self) -> None:
         self._calls: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
-        self._graph = Graph()
+        self._graph = Graph(self._shelf)
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
         self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
@@ -217,6 +218,7 @@ class Recorder:
         self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
         self._thread: int | None = None  # the one whose calls are this step's
         self._scales = Scales()
+        self._shelf.forget()
         self._slopes.forget()
         self._weights.forget()
 
@@ -237,7 +239,7 @@ class Recorder:
             self._inside = True
             self._pass += any(call.backward == self._pass for call in self._calls)
             self._counts.clear()
-            self._graph = Graph()
+            self._graph = Graph(self._shelf)
             self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
@@ -289,7 +291,7 @@ class Recorder:
         )
         self._graph.read(walk, call)
         self._calls.append(call)
-        self._measure(call, call.tensor, out)
+        held = self._measure(call, call.tensor, out)
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not x.is_floating_point():
             x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
@@ -297,7 +299,7 @@ class Recorder:
             saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
             if saved is not None:
                 learned = [getattr(module, name) for name in call.rule.learnable]
-                self._slopes.measure(call, call.rule, saved, *learned)
+                self._slope(call, held if saved is out else None, saved, *learned)
         if x is not None and x is not out and facts.childless:  # in place x is gone
             self._measure_input(call, x)
         for i, t, view in where_gradients_come(outs, (args, kwargs)):
@@ -343,7 +345,7 @@ class Recorder:
                 return
             g = g if view is None else view.of(g)
             call.events[i] = call.events.get(i, 0) + 1
-            call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
+            call.values[f"_{call.g}_{i}"] = norm_by_sample(g, self._shelf)
             call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
             if i in (0, ~0):
                 self._draw(call, call.g, g)
@@ -354,14 +356,30 @@ class Recorder:
         else:  # a parameter or an input handed on: it outlives the step
             self._step_handles.append(handle)
 
-    def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
-        rows = statistics.by_sample(x)
-        lengths = statistics.lengths(rows)
-        call.values[f"{tensor}_norm"], call.sizes[tensor] = kept(lengths), x.numel()
-        if tensor == "z" and call.fan_in is not None and len(rows) > 1:
-            call.values["_units_norm"] = kept(statistics.sum_of_units(rows, lengths))
-            call.samples = len(rows)
+    def _measure(self, call: Call, tensor: str, x: Tensor) -> Held | None:
+        held = self._shelf.hold(x, call.rule or (tensor, call.fan_in is None))
+        call.sizes[tensor] = x.numel()
+        if held:
+            call.values[f"{tensor}_norm"], samples = held, len(x)
+        else:
+            rows = statistics.by_sample(x)
+            lengths, samples = statistics.lengths(rows), len(rows)
+            call.values[f"{tensor}_norm"] = kept(lengths)
+        if tensor == "z" and call.fan_in is not None and samples > 1:
+            held_too = held and held._replace(of_units=True)
+            call.values["_units_norm"] = held_too or kept(statistics.sum_of_units(rows, lengths))
+            call.samples = samples
         self._draw(call, tensor, x)
+        return held
+
+    def _slope(self, call: Call, held: Held | None, saved: Tensor, *learned: Tensor) -> None:
+        """Of a call's activation, from what its slope is computed from, which may have been ``held`` already."""
+        assert call.rule
+        held = None if learned else held or self._shelf.hold(saved, (call.rule, "slope"))
+        if held:
+            self._slopes.wait(call, call.rule, held)
+        else:
+            self._slopes.measure(call, call.rule, saved, *learned)
 
     def _draw(self, call: Call, tensor: str, x: Tensor) -> None:
         if self.histograms and call.backward == 0:
@@ -385,17 +403,17 @@ class Recorder:
         if rule is not None and alone and call.parents[0].tensor == "z" and "a_norm" not in call.parents[0].values:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
-            self._measure(below, "a", x)
+            held = self._measure(below, "a", x)
             saved = kept_by(x, rule)
             if saved is not None:
-                self._slopes.measure(below, rule, *saved)
+                self._slope(below, held if saved[0] is x else None, *saved)
         if owner is None:
             if call.fan_in is None:
                 return
             self._measure(call, "x", x)
 
         def arrived(g: Tensor) -> None:
-            call.values["_entering_norm"] = norm_by_sample(g)
+            call.values["_entering_norm"] = norm_by_sample(g, self._shelf)
             if owner is not None:
                 self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from bpdiag import statistics
 from bpdiag.hooks.call import Call
-from bpdiag.hooks.reading import Reading, norm_by_sample
+from bpdiag.hooks.reading import Reading
+from bpdiag.hooks.reading import kept as kept_parts
+from bpdiag.hooks.shelf import Box, Held
 from bpdiag.rules import Activation
 
 DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
@@ -28,27 +30,45 @@ class Slopes:
         self._passing: dict[Call, Tensor] = {}  # (N,) elements of a unit with a slope that is not small
         self._largest: dict[Call, Tensor] = {}  # (N,) largest |slope| of a unit
         self._elements: dict[Call, int] = {}
+        # what waits, by kind: the calls, and the place of what their slope is computed from
+        self._waiting: dict[tuple[Box, type[Activation], int], list[tuple[Call, int]]] = {}
 
     def measure(self, call: Call, rule: type[Activation], kept: Tensor, *learned: Tensor) -> None:
         """Of one call, from what its slope is computed from."""
-        slope = statistics.dense(rule.slope(kept.detach(), *[p.detach() for p in learned]))
-        unit = slope.dim() + call.axis
-        others = [d for d in range(slope.dim()) if d != unit]
-        passing = slope
+        slope = rule.slope(kept.detach(), *[p.detach() for p in learned]).unsqueeze(0)
+        self._measure([call], rule, statistics.dense(slope))
+
+    def wait(self, call: Call, rule: type[Activation], kept: Held) -> None:
+        """Of one call whose slope is computed from nothing but what waits on a shelf."""
+        self._waiting.setdefault((kept.box, rule, call.axis), []).append((call, kept.place))
+
+    def _measure(self, calls: Sequence[Call], rule: type[Activation], slopes: Tensor) -> None:
+        """Of n calls alike, from their slopes (n, ...)."""
+        unit = slopes.dim() + calls[0].axis
+        others = [d for d in range(1, slopes.dim()) if d != unit]
+        passing, elements = slopes, slopes[0].numel()
         if not rule.is_switch:
-            call.values["_slope_norm"] = norm_by_sample(slope)
-            passing = statistics.passing(slope, rule.largest_slope)
+            shape = slopes.shape[:2] if slopes.dim() > 1 and elements else (len(calls), 1)
+            norms = statistics.lengths(slopes.reshape(shape[0] * shape[1], -1)).view(shape)
+            for call, norm in zip(calls, norms.unbind(), strict=True):
+                call.values["_slope_norm"] = kept_parts(norm)
+            passing = statistics.passing(slopes, rule.largest_slope)
         if passing.element_size() < 4:
             passing = passing.float()
         if others:
             passing = passing.sum(others[0] if len(others) == 1 else others)  # a list costs as much as the sum of a row
-        self._passing[call] = passing.reshape(-1)
-        self._elements[call] = slope.numel()
-        if unit >= 0 and slope.numel():
-            self._largest[call] = self._passing[call] if rule.is_switch else statistics.largest_of_units(slope, unit)
+        passing = passing.reshape(len(calls), -1)
+        self._passing.update(zip(calls, passing.unbind(), strict=True))
+        self._elements.update(dict.fromkeys(calls, elements))
+        if unit >= 1 and elements:
+            largest = passing if rule.is_switch else statistics.largest_of_units(slopes, unit, stacked=True)
+            self._largest.update(zip(calls, largest.unbind(), strict=True))
 
     def finish(self, calls: Sequence[Call], reading: Reading) -> None:
         """Have the host told of these calls; of the first forward pass, also how many units sleep."""
+        for (box, rule, _), waiting in self._waiting.items():
+            stack = box.at([place for _, place in waiting])
+            self._measure([call for call, _ in waiting], rule, statistics.dense(rule.slope(stack)))
         for alike, passing in _stacks(self._passing, calls):
             numbers = passing.sum(1, dtype=statistics.wide(passing.device))
             reading.tell(numbers, [(call.values, "_passing") for call in alike])
