@@ -32,8 +32,8 @@ def kept(parts: Tensor) -> Tensor:
 class Reading:
     """What the host is going to read.
 
-    A table's () tensor is its number, a vector stands for its norm, what waits on a shelf for its own: those of a length
-    or in a box are reduced together.
+    A table's () tensor is its number, a vector stands for its norm, and so does what waits on a shelf: those of one
+    length, or in one box, are reduced together.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,8 @@ class Reading:
         for stack, places in self._vectors:
             bad = [place for place in places if not math.isfinite(place[1][place[2]])]
             if bad:
-                for (_, table, key), where in zip(bad, (~torch.isfinite(stack[[i for i, *_ in bad]])).tolist(), strict=True):
+                strange = (~torch.isfinite(stack[[i for i, *_ in bad]])).tolist()
+                for (_, table, key), where in zip(bad, strange, strict=True):
                     if sum(where) == 1:
                         found[id(table), key] = where.index(True)
         return found

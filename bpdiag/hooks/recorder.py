@@ -8,8 +8,7 @@ import operator
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from bpdiag.config import UsageError
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.gains import Gap, Way, derive
 from bpdiag.hooks.graph import Graph, View, is_checkpoint, on_gradient, where_gradients_come
+from bpdiag.hooks.hook import Hook, what_hooks_stand_on
 from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
@@ -31,20 +31,6 @@ from bpdiag.hooks.weights import Weights
 from bpdiag.trace import COLUMNS, Layer, Sample, Sink
 
 MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
-
-
-def _nothing(*_: Any) -> None:
-    """What a hook does in a copy."""
-
-
-class _Hook(partial[None]):
-    """A hook that a copy or a pickle of the model does not take along: there it does nothing."""
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook(_nothing)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[..., None]]]:
-        return _Hook, (_nothing,)
 
 
 class Recorder:
@@ -160,7 +146,7 @@ class Recorder:
         if self._eager is None and "torch._dynamo" in sys.modules:
             self._eager = torch.compiler.set_stance("force_eager")  # what is compiled runs as written: hooks fire there
         # hooks stand as long as every step is sampled and nothing changes that they were put up by
-        standing = _what_hooks_stand_on(self.model)
+        standing = what_hooks_stand_on(self.model)
         before = self._standing
         if not self._handles or len(standing) != len(before) or not all(map(operator.is_, standing, before)):
             self._take_down()
@@ -171,19 +157,19 @@ class Recorder:
 
     def _put_up(self) -> None:
         self._names = {module: name for name, module in named_modules(self.model)}
-        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self._new_pass)))
         for module in self._names:
             if is_leaf(module):
-                self._handles.append(module.register_forward_hook(_Hook(self._forward), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(Hook(self._forward), with_kwargs=True))
             rule = rule_of(module)
             if rule and rule.saves == "input" and getattr(module, "inplace", False):
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
-        self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._before_overwriting)))
+        self._handles.append(self.model.register_forward_hook(Hook(self._given_out)))
         for weight in self._watched_weights():
             if weight.requires_grad:
                 met, left = self._weights.met_by_backward, self._weights.left_by_backward
-                self._handles.append(weight.register_hook(_Hook(met, self._weights.of(weight))))
-                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(left, self._weights.of(weight))))
+                self._handles.append(weight.register_hook(Hook(met, self._weights.of(weight))))
+                self._handles.append(weight.register_post_accumulate_grad_hook(Hook(left, self._weights.of(weight))))
 
     def _take_down(self) -> None:
         for handle in self._handles:
@@ -596,18 +582,3 @@ def kind_of_loss(loss: Tensor) -> str:
 def _recomputing() -> bool:
     """Whether a backward is under way: a forward inside it is a checkpoint's recomputation, not a new call."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _what_hooks_stand_on(model: nn.Module) -> list[Any]:
-    """Each module, its weight, whether that is trained, whether it works in place: where one changes, hooks do."""
-    found: list[Any] = []
-    seen, stack = {model}, [model]
-    while stack:
-        module = stack.pop()
-        weight = module._parameters.get("weight")
-        found += module, weight, weight is not None and weight.requires_grad, module.__dict__.get("inplace")
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return found

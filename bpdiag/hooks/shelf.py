@@ -120,6 +120,3 @@ class Shelf:
             return None if box is None else Held(box, box.put(x))
         except IndexError:
             return None
-
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from bpdiag.rules import Activation
 
 DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
 
+# n calls; (n, N) elements of a unit with a slope that is not small; (n, N) the largest |slope| of a unit
+Measured = tuple[Sequence[Call], Tensor, Tensor | None]
+
 
 class Slopes:
     """Reduced to a few numbers for each unit at the call, to one for each call when the step ends, of all at once."""
@@ -27,8 +31,8 @@ class Slopes:
 
     def forget(self) -> None:
         """What this step measured; how long each unit has been silent is kept."""
-        self._passing: dict[Call, Tensor] = {}  # (N,) elements of a unit with a slope that is not small
-        self._largest: dict[Call, Tensor] = {}  # (N,) largest |slope| of a unit
+        self._measured: list[Measured] = []
+        self._units: dict[Call, int] = {}
         self._elements: dict[Call, int] = {}
         # what waits, by kind: the calls, and the place of what their slope is computed from
         self._waiting: dict[tuple[Box, type[Activation], int], list[tuple[Call, int]]] = {}
@@ -58,25 +62,31 @@ class Slopes:
         if others:
             passing = passing.sum(others[0] if len(others) == 1 else others)  # a list costs as much as the sum of a row
         passing = passing.reshape(len(calls), -1)
-        self._passing.update(zip(calls, passing.unbind(), strict=True))
         self._elements.update(dict.fromkeys(calls, elements))
+        largest = None
         if unit >= 1 and elements:
+            self._units.update(dict.fromkeys(calls, slopes.shape[unit]))
             largest = passing if rule.is_switch else statistics.largest_of_units(slopes, unit, stacked=True)
-            self._largest.update(zip(calls, largest.unbind(), strict=True))
+        self._measured.append((calls, passing, largest))
 
     def finish(self, calls: Sequence[Call], reading: Reading) -> None:
         """Have the host told of these calls; of the first forward pass, also how many units sleep."""
         for (box, rule, _), waiting in self._waiting.items():
             stack = box.at([place for _, place in waiting])
             self._measure([call for call, _ in waiting], rule, statistics.dense(rule.slope(stack)))
-        for alike, passing in _stacks(self._passing, calls):
+        kept = set(calls)
+        for alike, passing, largest in _joined(self._measured):
             numbers = passing.sum(1, dtype=statistics.wide(passing.device))
             reading.tell(numbers, [(call.values, "_passing") for call in alike])
-        for alike, largest in _stacks(self._largest, [call for call in calls if call.backward == 0]):
+            rows = [i for i, call in enumerate(alike) if call in kept and call.backward == 0]
+            if largest is None or not rows:
+                continue
+            if len(rows) < len(alike):
+                alike, largest = [alike[i] for i in rows], largest[rows]
             kind = largest.shape[1:], largest.device
             known = [(x := self._silence.get(c.key)) is not None and (x.shape, x.device) == kind for c in alike]
             # strangers are taken for silent as long as it takes
-            strange = largest.new_full(kind[0], DEAD_WINDOW)
+            strange = None if all(known) else largest.new_full(kind[0], DEAD_WINDOW)
             before = [self._silence[c.key] if met else strange for c, met in zip(alike, known, strict=True)]
             silence = (torch.stack(before) + 1) * (largest == 0)
             self._silence.update(zip([c.key for c in alike], silence.unbind(), strict=True))
@@ -93,14 +103,22 @@ class Slopes:
                 call.values["slope_rms"] = norm / math.sqrt(elements) if elements else math.nan
                 call.values["a_saturated_fraction"] = (elements - passing) / elements if elements else math.nan
             if "_asleep" in call.values:
-                call.values["a_dead_fraction"] = call.values.pop("_asleep") / self._largest[call].shape[0]
+                call.values["a_dead_fraction"] = call.values.pop("_asleep") / self._units[call]
 
 
-def _stacks(vectors: dict[Call, Tensor], calls: Iterable[Call]) -> Iterable[tuple[list[Call], Tensor]]:
-    """Calls whose vectors are of the same kind, and these as one matrix."""
-    alike: dict[tuple[torch.Size, torch.device, torch.dtype], list[Call]] = {}
-    for call in calls:
-        if call in vectors:
-            x = vectors[call]
-            alike.setdefault((x.shape, x.device, x.dtype), []).append(call)
-    return [(group, torch.stack([vectors[call] for call in group])) for group in alike.values()]
+def _joined(measured: Iterable[Measured]) -> Iterable[Measured]:
+    """What is of the same kind, as one."""
+    alike: dict[Any, list[Measured]] = {}
+    for calls, passing, largest in measured:
+        kind = passing.shape[1], passing.device, passing.dtype, largest is passing, largest is None or largest.dtype
+        alike.setdefault((*kind, None if largest is None else largest.shape[1]), []).append((calls, passing, largest))
+    for group in alike.values():
+        if len(group) == 1:
+            yield group[0]
+            continue
+        passing, largest = torch.cat([x for _, x, _ in group]), group[0][2]
+        if largest is group[0][1]:
+            largest = passing
+        elif largest is not None:
+            largest = torch.cat([x for _, _, x in group if x is not None])
+        yield [call for calls, _, _ in group for call in calls], passing, largest
