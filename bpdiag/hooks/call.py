@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from bpdiag.hooks.shelf import Held
 from bpdiag.rules import ACTIVATIONS, Activation
 
 # nodes of autograd's graph that move numbers about and change none
@@ -61,13 +60,13 @@ class Call:
     within: Any = None  # the reentrant checkpoint whose recomputation it is
     given_up: bool = False  # the walk down the graph: what it was computed from is not all known
     through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
-    values: dict[str, Tensor | Held | float] = dataclasses.field(default_factory=dict)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)  # Tensor or Held; floats once the host has read
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
     samples: int = 0  # whose pairs the mean cosine is of
     events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
     # what this call sends to one that others read too; None: several backwards, or none, went that way
-    edges: dict[Call, Tensor | Held | float | None] = dataclasses.field(default_factory=dict)
+    edges: dict[Call, Any] = dataclasses.field(default_factory=dict)
     edge_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # that against its own cotangent
 
     def __post_init__(self, facts: Facts) -> None:

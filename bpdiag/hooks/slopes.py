@@ -86,7 +86,7 @@ class Slopes:
             kind = largest.shape[1:], largest.device
             known = [(x := self._silence.get(c.key)) is not None and (x.shape, x.device) == kind for c in alike]
             # strangers are taken for silent as long as it takes
-            strange = None if all(known) else largest.new_full(kind[0], DEAD_WINDOW)
+            strange = largest.new_full(kind[0], DEAD_WINDOW)
             before = [self._silence[c.key] if met else strange for c, met in zip(alike, known, strict=True)]
             silence = (torch.stack(before) + 1) * (largest == 0)
             self._silence.update(zip([c.key for c in alike], silence.unbind(), strict=True))
