@@ -93,8 +93,8 @@ class Reading:
         if units:
             self._told.append((statistics.lengths(statistics.sum_of_units(stack, lengths)), units))
 
-    def samples(self) -> dict[tuple[int, Any], int]:
-        """(id of a table, key) of a norm that is not finite -> the sample that makes it so, where it is one alone.
+    def strangers(self) -> dict[tuple[int, Any], tuple[list[bool], list[bool]]]:
+        """(id of a table, key) of a norm that is not finite -> for each of its parts whether it is nan, infinite.
 
         A further read, on such a step alone.
         """
@@ -102,8 +102,8 @@ class Reading:
         for stack, places in self._vectors:
             bad = [place for place in places if not math.isfinite(place[1][place[2]])]
             if bad:
-                strange = (~torch.isfinite(stack[[i for i, *_ in bad]])).tolist()
-                for (_, table, key), where in zip(bad, strange, strict=True):
-                    if sum(where) == 1:
-                        found[id(table), key] = where.index(True)
+                parts = stack[[i for i, *_ in bad]]
+                nan, infinite = torch.stack([parts.isnan(), parts.isinf()]).tolist()
+                for n, (_, table, key) in enumerate(bad):
+                    found[id(table), key] = nan[n], infinite[n]
         return found

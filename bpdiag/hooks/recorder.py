@@ -447,7 +447,7 @@ class Recorder:
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         tables = [table for call in self._calls for table in (call.values, call.edges)]
         losses = self._read(reading, [*tables, *self._scales.told.values(), rate, self._target])
-        self._name_bad_samples(reading)
+        self._count_bad_samples(reading)
         self._slopes.enter(self._calls)
         self._symmetry.enter(self._calls)
         self._cuts.finish(self._calls, self._given)
@@ -478,14 +478,17 @@ class Recorder:
         self._send(sample)
         self._skipped = []
 
-    def _name_bad_samples(self, reading: Reading) -> None:
-        """Which sample of the batch a call's numbers are not finite of, where it is one alone."""
-        alone = reading.samples()
-        for call in self._calls if alone else ():
+    def _count_bad_samples(self, reading: Reading) -> None:
+        """In how many samples of the batch a call's numbers are not finite; which one, where it is one alone."""
+        found = reading.strangers()
+        for call in self._calls if found else ():
             own = f"{call.tensor}_norm", f"_{call.g}_0", f"_{call.g}_{~0}"
-            found = [alone[id(call.values), key] for key in ("x_norm", *own) if (id(call.values), key) in alone]
-            if found:
-                call.values["nonfinite_sample"] = float(found[0])
+            told = [found[id(call.values), key] for key in ("x_norm", *own) if (id(call.values), key) in found]
+            if told:
+                nan, infinite = told[0]
+                call.values |= {"nan_samples": float(sum(nan)), "inf_samples": float(sum(infinite))}
+                if sum(nan) + sum(infinite) == 1:
+                    call.values["nonfinite_sample"] = float((nan if any(nan) else infinite).index(True))
 
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
