@@ -384,3 +384,60 @@ def metrics(told: dict[str, Any], out: Console) -> None:
         f"test accuracy {100 * told['test_accuracy']:.2f} %, training loss {told['train_loss']:.4g} "
         f"after {told['steps']} steps in {told['seconds']:.1f} s{stopped}"
     )
+
+
+MOST_REMEDIES = 12  # lines of their table
+REMEDY_VERDICTS = {"works": ("●", "bold"), "helps": ("◐", "default"), "does_not": ("–", "dim")}
+
+
+def remedies(tried: Sequence[Any], notes: Sequence[str], steps: int, seconds: float, out: Console) -> None:
+    """What was tried on copies, before and after at equal steps, and the change to make; nothing that did not work.
+
+    ``tried``: objects with the fields of ``findings.json``'s remedies.
+    """
+    best = next((remedy for remedy in tried if remedy.recommended), None)
+    if tried:
+        shown = list(tried)[:MOST_REMEDIES]
+        title = f"remedies, tried on copies for {steps} steps; {len(tried)} of them in {seconds:.0f} s"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+        table.add_column("remedy", overflow="fold")
+        for heading in ("steps", "seeds", "decades", "loss", "accuracy"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for remedy in shown:
+            glyph, style = REMEDY_VERDICTS[remedy.verdict]
+            pairs = [(remedy.before[key], remedy.after[key]) for key in ("decades", "loss", "accuracy")]
+            cells = [_from_to(*pairs[0], 1), _from_to(*pairs[1], 2), _from_to(*pairs[2], 0, 100, " %")]
+            verdict = Text(f"{glyph} {remedy.verdict.replace('_', ' ')}", style=style)
+            table.add_row(escape(remedy.name), str(remedy.steps), str(len(remedy.seeds)), *cells, verdict)
+        out.print(table)
+        if len(tried) > len(shown):
+            out.print(f"and {len(tried) - len(shown)} more that were no better", style="dim")
+    if best is not None:
+        told = f", {percent(best.after['accuracy'])} right or more" if best.after["accuracy"] >= 0 else ""
+        seeds = ", ".join(map(str, best.seeds))
+        out.print(f"Recommended: {escape(best.name)}. On seeds {seeds}, after {best.steps} steps: loss "
+                  f"{best.after['loss']:.2f} or less{told}.")
+        change = shlex.join(best.overrides) if best.overrides else best.change
+        out.print(Padding(Text(change, style="bold"), (0, 0, 0, 2)), soft_wrap=True)
+    elif tried:
+        out.print("None of them was seen to work on three seeds; none is recommended.")
+    for note in notes:
+        out.print(Padding(Text(f"note: {note}", style="dim"), (0, 0, 0, 2)))
+
+
+def _from_to(before: float, after: float, digits: int, times: float = 1, unit: str = "") -> str:
+    """Before → after."""
+    told = [("–" if math.isnan(x) else real(times * x, digits) if math.isfinite(x) else _number(x, digits)) for x in (before, after)]
+    return f"{told[0]} → {told[1]}{unit}" if before == before or after == after else "–"
+
+
+@contextmanager
+def trying(out: Console) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar over the seconds allowed while remedies are tried; nothing where the output is no terminal."""
+    columns = ("[progress.description]{task.description}", BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task("trying remedies", total=None)
+        yield lambda passed, allowed, name: bar.update(
+            task, total=allowed, completed=passed, description=f"trying {escape(name)}"
+        )
