@@ -18,6 +18,7 @@ _PUBLIC = {
     "RULES": "rules",
     "Result": "training",
     "Trace": "trace",
+    "cure": "remedy",
     "diagnose": "diagnosis",
     "load": "training",
     "notes": "diagnosis",
@@ -32,6 +33,7 @@ __all__ = [
     "Finding",
     "Result",
     "Trace",
+    "cure",
     "diagnose",
     "load",
     "notes",
@@ -42,6 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "remedy":  # bpdiag.remedy.rescale(...) stands in lines to paste
+        return import_module("bpdiag.remedy")
     if name in _PUBLIC:
         return getattr(import_module(f"bpdiag.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'bpdiag' has no attribute {name!r}; public: {', '.join(__all__)}")

@@ -390,46 +390,60 @@ MOST_REMEDIES = 12  # lines of their table
 REMEDY_VERDICTS = {"works": ("●", "bold"), "helps": ("◐", "default"), "does_not": ("–", "dim")}
 
 
-def remedies(tried: Sequence[Any], notes: Sequence[str], steps: int, seconds: float, out: Console) -> None:
+def cure(told: Any, out: Console) -> None:
     """What was tried on copies, before and after at equal steps, and the change to make; nothing that did not work.
 
-    ``tried``: objects with the fields of ``findings.json``'s remedies.
+    ``told``: a ``Cure``; None says nothing.
     """
-    best = next((remedy for remedy in tried if remedy.recommended), None)
-    if tried:
-        shown = list(tried)[:MOST_REMEDIES]
-        title = f"remedies, tried on copies for {steps} steps; {len(tried)} of them in {seconds:.0f} s"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
-        table.add_column("remedy", overflow="fold")
-        for heading in ("steps", "seeds", "decades", "loss", "accuracy"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for remedy in shown:
-            glyph, style = REMEDY_VERDICTS[remedy.verdict]
-            pairs = [(remedy.before[key], remedy.after[key]) for key in ("decades", "loss", "accuracy")]
-            cells = [_from_to(*pairs[0], 1), _from_to(*pairs[1], 2), _from_to(*pairs[2], 0, 100, " %")]
-            verdict = Text(f"{glyph} {remedy.verdict.replace('_', ' ')}", style=style)
-            table.add_row(escape(remedy.name), str(remedy.steps), str(len(remedy.seeds)), *cells, verdict)
-        out.print(table)
-        if len(tried) > len(shown):
-            out.print(f"and {len(tried) - len(shown)} more that were no better", style="dim")
-    if best is not None:
-        told = f", {percent(best.after['accuracy'])} right or more" if best.after["accuracy"] >= 0 else ""
-        seeds = ", ".join(map(str, best.seeds))
-        out.print(f"Recommended: {escape(best.name)}. On seeds {seeds}, after {best.steps} steps: loss "
-                  f"{best.after['loss']:.2f} or less{told}.")
-        change = shlex.join(best.overrides) if best.overrides else best.change
-        out.print(Padding(Text(change, style="bold"), (0, 0, 0, 2)), soft_wrap=True)
-    elif tried:
-        out.print("None of them was seen to work on three seeds; none is recommended.")
-    for note in notes:
+    if told is None:
+        return
+    if told.remedies:
+        out.print()
+        out.print(_remedies(told))
+        if (more := len(told.remedies) - MOST_REMEDIES) > 0:
+            out.print(f"and {more} more that were no better", style="dim")
+    if (best := told.recommended) is not None:
+        right = f", {percent(best.after['accuracy'])} right or more" if best.after["accuracy"] >= 0 else ""
+        seeds = f"on {len(best.seeds)} seeds, after {best.steps} steps"
+        out.print(Text(f"● {best.name} works: {seeds}, a loss of {best.after['loss']:.2f} or less{right}."))
+        change = " ".join(map(_quoted, best.overrides)) or best.change
+        out.print(Padding(Text(f"add    {change}" if best.overrides else change, style="bold"), (0, 0, 0, 2)))
+    elif told.remedies:
+        out.print("None was seen to work on every seed, so none is recommended.")
+    for note in told.notes:
         out.print(Padding(Text(f"note: {note}", style="dim"), (0, 0, 0, 2)))
 
 
-def _from_to(before: float, after: float, digits: int, times: float = 1, unit: str = "") -> str:
-    """Before → after."""
-    told = [("–" if math.isnan(x) else real(times * x, digits) if math.isfinite(x) else _number(x, digits)) for x in (before, after)]
-    return f"{told[0]} → {told[1]}{unit}" if before == before or after == after else "–"
+def _quoted(override: str) -> str:
+    """For a shell."""
+    return f'"{override}"' if "'" in override else shlex.quote(override)
+
+
+def _remedies(told: Any) -> Table:
+    """One line for each that was tried, the recommended first."""
+    title = f"remedies tried on copies, {len(told.remedies)} in {told.seconds:.0f} s: before → after, at equal steps"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table.add_column("remedy")
+    for heading in ("steps", "seeds", "decades", "loss", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for remedy in told.remedies[:MOST_REMEDIES]:
+        glyph, style = REMEDY_VERDICTS[remedy.verdict]
+        cells = [
+            _from_to(remedy.before[name], remedy.after[name], digits, unit)
+            for name, digits, unit in (("decades", 1, ""), ("loss", 2, ""), ("accuracy", 0, " %"))
+        ]
+        verdict = Text(f"{glyph} {remedy.verdict.replace('_', ' ')}", style=style)
+        table.add_row(escape(remedy.name), str(remedy.steps), str(len(remedy.seeds)), *cells, verdict)
+    return table
+
+
+def _from_to(before: float, after: float, digits: int, unit: str) -> str:
+    """Before → after; a number that is none is a dash."""
+    if math.isnan(before) and math.isnan(after):
+        return "–"
+    one, other = (_number(100 * x if unit else x, digits) if x == x else "–" for x in (before, after))
+    return f"{one} → {other}{unit}"
 
 
 @contextmanager

@@ -11,15 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from bpdiag import meanfield, training
-from bpdiag.config import Config, UsageError, flat, planned_steps
-from bpdiag.diagnosis import Finding, profile
+from bpdiag.config import Config, RemedyConfig, UsageError, flat, planned_steps
+from bpdiag.diagnosis import Finding
 from bpdiag.remedy.candidate import Candidate, groups
 from bpdiag.remedy.search import LEAST_STEPS, Cure, Progress, Search, Terms
-from bpdiag.remedy.trial import Outcome, Tell, Training, last_loss
+from bpdiag.remedy.trial import Tell, Training, reached
 from bpdiag.rules import ACTIVATIONS
 from bpdiag.trace import Trace, write_json
 
@@ -138,28 +137,12 @@ def start(config: Config, candidate: Candidate | None, seed: int) -> Training:
     return Training(begun.net, begun.optimizer, step, lambda: training.accuracy(begun.net, begun.dataset.validation))
 
 
-def before(trace: Trace, findings: Sequence[Finding], accuracies: Mapping[str, float], steps: int) -> Outcome:
-    """What the run itself had come to after so many steps."""
-    at, losses = trace.losses
-    told = losses[at < steps]
-    p = profile(trace)
-    seen = np.flatnonzero((p.steps < steps) & p.finite)
-    return Outcome(
-        steps=steps,
-        loss=last_loss(told.tolist()),
-        first_loss=float(told[0]) if len(told) else math.nan,
-        decades=float(p.decades[seen[-1], 0]) if seen.size and p.lines else math.nan,
-        accuracy=accuracies.get(str(steps), math.nan),
-        harms=tuple(f.kind for f in findings if f.severity == "harm"),
-    )
-
-
 def cure_run(
     config: Config,
     trace: Trace,
     findings: Sequence[Finding],
     metrics: Mapping[str, Any],
-    seconds: float | None = None,
+    no_dearer: bool = False,
     progress: Progress | None = None,
 ) -> Cure:
     """Try what may mend a run of ours, on copies, for ``config.remedy.steps`` each and ``config.remedy.seconds`` in all.
@@ -169,7 +152,7 @@ def cure_run(
         trace: what was measured of it.
         findings: what ``diagnose`` said of that.
         metrics: what it reached.
-        seconds: less than that: what the run itself took, say.
+        no_dearer: for no more of the processor's time than the run itself took, or, stopped early, would have taken.
         progress: called before every trial with (seconds passed, seconds allowed, what is tried).
     """
     settings = config.remedy
@@ -183,12 +166,36 @@ def cure_run(
     steps = min(settings.steps, planned)
     if steps < LEAST_STEPS:
         return Cure(notes=[f"no remedy was tried: {steps} steps are too few to see one work, {LEAST_STEPS} are needed"])
-    allowed = min(settings.seconds, math.inf if seconds is None else seconds)
+    work = metrics.get("processor_seconds_planned", math.inf) if no_dearer else math.inf
     seeds = [(config.seed + n) % 2**63 for n in range(SEEDS)]
     with training.flushed_denormals(), training.threads(config.training.threads):
-        terms = Terms(steps, seeds, allowed, planned, guess=math.log(dataset.classes))
-        was = partial(before, trace, findings, metrics.get("validation_accuracy_at", {}))
+        terms = Terms(steps, seeds, settings.seconds, planned, math.log(dataset.classes), work)
+        told = metrics.get("validation_accuracy_at", {})
+        was = partial(reached, trace, findings, {int(n): accuracy for n, accuracy in told.items()})
         return Search(partial(start, config), found, terms, progress, was).run()
+
+
+def cure_stored(
+    run: str | os.PathLike[str], trace: Trace, findings: Sequence[Finding], progress: Progress | None = None
+) -> Cure:
+    """The same for a run folder of ours, for all of its ``remedy.seconds``.
+
+    Raises:
+        UsageError: It is not of ours, or its configuration cannot be read.
+    """
+    told = trace.meta.get("config")
+    if told is None:
+        raise UsageError(
+            f"{run}: watched around a model of yours, which is not stored; in Python: bpdiag.cure(make_model, data, "
+            "loss, make_optimizer)"
+        )
+    try:
+        config, metrics = training.restored(told), json.loads((Path(run) / "metrics.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run}: damaged, or of another version: {str(error).splitlines()[0]}") from error
+    if not config.remedy.steps:  # it asked for none then; now they are asked for
+        config = applied(config, {"remedy.steps": RemedyConfig().steps})
+    return cure_run(config, trace, findings, metrics, progress=progress)
 
 
 def exhaustive(config: Config, singles: Sequence[Candidate]) -> Candidate | None:
@@ -196,7 +203,7 @@ def exhaustive(config: Config, singles: Sequence[Candidate]) -> Candidate | None
     dataset = training.begin(config).dataset
     planned = max(planned_steps(config, len(dataset.train)), 1)
     seeds = [(config.seed + n) % 2**63 for n in range(SEEDS)]
-    terms = Terms(config.remedy.steps, seeds, math.inf, planned, guess=math.log(dataset.classes))
+    terms = Terms(config.remedy.steps, seeds, math.inf, planned, math.log(dataset.classes))
     search = Search(partial(start, config), singles, terms)
     with training.flushed_denormals(), training.threads(config.training.threads):
         return search.first_of_all()
@@ -205,5 +212,5 @@ def exhaustive(config: Config, singles: Sequence[Candidate]) -> Candidate | None
 def keep(cure: Cure, folder: str | os.PathLike[str]) -> None:
     """Add the remedies, and what is to be said of them, to the run's findings.json."""
     path = Path(folder) / "findings.json"
-    told = json.loads(path.read_text())
-    write_json(path, {**told, "remedies": cure.remedies, "remedy_notes": cure.notes})
+    told = json.loads(path.read_text()) if path.is_file() else {"schema": 1, "findings": [], "notes": []}
+    write_json(path, {**told, **cure.to_dict()})

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bpdiag.remedy.candidate import Candidate, is_pace, pairs
-from bpdiag.config import UsageError
 from bpdiag.remedy.trial import Outcome, OutOfTimeError, Training, measure
 
 # A loss halved at equal steps: of guessing among ten classes (2.30) that is 1.15, at which MNIST nets of any kind are
@@ -62,6 +61,7 @@ class Cure:
     notes: list[str] = field(default_factory=list)
     steps: int = 0  # of a whole trial
     seconds: float = 0.0
+    interrupted: bool = False
 
     @property
     def recommended(self) -> Remedy | None:
@@ -69,15 +69,18 @@ class Cure:
         return next((remedy for remedy in self.remedies if remedy.recommended), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """As findings.json has it: an accuracy that was not measured, as of a trial that was cut short, is null."""
+        rows = [asdict(remedy) for remedy in self.remedies]
+        for numbers in (row[when] for row in rows for when in ("before", "after")):
+            numbers["accuracy"] = None if math.isnan(numbers["accuracy"]) else numbers["accuracy"]
+        return {"remedies": rows, "remedy_notes": self.notes}
 
     def __str__(self) -> str:
         from bpdiag import terminal
 
         out = terminal.console()
         with out.capture() as told:
-            terminal.remedies(self.remedies, self.notes, self.steps, self.seconds, out)
+            terminal.cure(self, out)
         return told.get()
 
 
@@ -136,6 +139,7 @@ class Terms:
     seconds: float  # for all
     planned: int  # steps of the training, over which harm is judged
     guess: float = math.nan  # the loss of guessing, where it is known
+    work: float = math.inf  # seconds of the processor for all
     resume: bool = True  # trials stay in memory between the rounds; else each begins anew
 
 
@@ -154,22 +158,26 @@ class Search:
         self.start, self.candidates, self.terms, self.progress = start, list(candidates), terms, progress
         self.steps, self.seeds, self.seconds, self.guess = terms.steps, list(terms.seeds), terms.seconds, terms.guess
         self.running: dict[str, Training] = {}  # that may go on where they stopped
-        self.begun = time.perf_counter()
+        self.begun, self.worked = time.perf_counter(), time.process_time()
         self.step_seconds, self.aside = 0.0, math.inf  # of the slowest so far; of a trial beside its steps, at least
         self.before = {n: before(n) for n in rounds(self.steps)} if before else {}
         self.came: dict[str, list[Outcome]] = {}  # name -> of the most steps, by seed
         self.tried: dict[str, Candidate] = {}
         self.notes: list[str] = []
         self.winner: Candidate | None = None
+        self.interrupted = False
 
     def run(self) -> Cure:
         """Search while there is time; an interrupt ends it, and what there is is kept."""
         try:
             self._search()
         except OutOfTimeError:
-            self.notes.append(f"no time left: {self.seconds:.3g} s were allowed for trying remedies")
+            allowed = min(self.seconds, self.terms.work)
+            why = "" if allowed == self.seconds else ", what the run itself took; bpdiag diagnose RUN --cure takes longer"
+            self.notes.append(f"no time left: {allowed:.2g} s were allowed for trying remedies{why}")
         except KeyboardInterrupt:
             self.notes.append("interrupted: this is what had been tried")
+            self.interrupted = True
         return self._told()
 
     def first_of_all(self) -> Candidate | None:
@@ -187,8 +195,13 @@ class Search:
         return None
 
     def left(self) -> float:
-        """Seconds."""
-        return self.begun + self.seconds - time.perf_counter()
+        """Seconds, of the clock or of the processor, whichever are fewer."""
+        worked = self.worked + self.terms.work - time.process_time()
+        return min(self.begun + self.seconds - time.perf_counter(), worked)
+
+    def passed(self) -> float:
+        """Seconds of the clock."""
+        return time.perf_counter() - self.begun
 
     def _cost(self, steps: int) -> float:
         """Seconds that a trial of so many steps takes."""
@@ -215,7 +228,7 @@ class Search:
     def _see_whether_it_is_worth_it(self) -> None:
         """Raise OutOfTimeError where the time allowed is less than one remedy needs."""
         needed = (1 + len(self.seeds)) * self._cost(self.steps) if self.step_seconds else 0.0
-        if needed > self.seconds:
+        if needed > self.left():
             self.notes.append(f"{1 + len(self.seeds)} trainings of {self.steps} steps would take about {needed:.3g} s")
             raise OutOfTimeError
 
@@ -286,7 +299,7 @@ class Search:
     def _try(self, arm: Candidate | None, seed: int, steps: int) -> Outcome:
         if self.progress:
             name = arm.name if arm else "as it is"
-            self.progress(self.seconds - self.left(), self.seconds, name)
+            self.progress(self.passed(), min(self.seconds, self.terms.work), name)
         came = self._outcome(arm, seed, steps)
         self.step_seconds = max(self.step_seconds, came.step_seconds)
         if came.step_seconds:
@@ -300,12 +313,11 @@ class Search:
     def _outcome(self, arm: Candidate | None, seed: int, steps: int) -> Outcome:
         """A trial, going on where it stopped; one that a change makes impossible comes to nothing, and says why."""
         key = f"{seed} {arm.name if arm else ''}"
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             training = self.running.pop(key, None) or self.start(arm, seed)
-            deadline = self.begun + self.seconds
-            came = measure(training, steps, self.terms.planned, deadline, whole=steps == self.steps)
-        except (OutOfTimeError, UsageError):
+            came = measure(training, steps, self.terms.planned, self.left, whole=steps == self.steps)
+        except OutOfTimeError:
             raise
         except Exception as error:  # whatever a changed model of somebody else's may raise
             if arm is None:
@@ -313,7 +325,7 @@ class Search:
             return Outcome(steps, error=f"{type(error).__name__}: {error}".splitlines()[0])
         if self.terms.resume and steps < self.steps:
             self.running[key] = training
-        return replace(came, seconds=time.perf_counter() - begun)
+        return replace(came, seconds=time.process_time() - begun)
 
     def _reference(self, arm: Candidate) -> float:
         came = self.came[arm.name][0]
@@ -333,7 +345,7 @@ class Search:
         rows = [self._row(name) for name in self.came]
         order = {"works": 0, "helps": 1, "does_not": 2}
         rows.sort(key=lambda r: (not r.recommended, order[r.verdict], -r.steps, _or_inf(r.after["loss"])))
-        return Cure(rows, self.notes, self.steps, round(time.perf_counter() - self.begun, 3))
+        return Cure(rows, self.notes, self.steps, round(self.passed(), 3), self.interrupted)
 
     def _row(self, name: str) -> Remedy:
         arm, outcomes = self.tried[name], self.came[name]

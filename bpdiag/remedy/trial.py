@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bpdiag.diagnosis import diagnose, summarize
+from bpdiag.diagnosis import Finding, diagnose, profile, summarize
 from bpdiag.session import watch
+from bpdiag.trace import Trace
 
 Tell = Callable[[Tensor], Tensor]
 LAST = 10  # the loss of a trial is the mean of its last tenth,
@@ -46,7 +48,7 @@ class Outcome:
     decades: float = math.nan  # of the first layer, at the last finite sample
     accuracy: float = math.nan  # of a whole trial
     harms: tuple[str, ...] = ()  # kinds of the harm found
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the processor
     step_seconds: float = 0.0  # of a step that is not watched, the median; 0 where there were too few
     error: str = ""  # why it could not be tried
 
@@ -62,16 +64,16 @@ def last_loss(losses: Sequence[float]) -> float:
     return sum(last) / len(last) if last and math.isfinite(sum(last)) else math.nan
 
 
-def measure(training: Training, steps: int, planned: int, deadline: float, whole: bool = True) -> Outcome:
+def measure(training: Training, steps: int, planned: int, left: Callable[[], float], whole: bool = True) -> Outcome:
     """Train on until there were ``steps``, watched at the first and the last of them, and judge as over ``planned``.
 
     Stops where the loss is not finite.
 
     Raises:
-        OutOfTimeError: ``deadline``, of ``time.perf_counter``, has come.
+        OutOfTimeError: No seconds are ``left``.
     """
     losses, more = training.losses, steps - len(training.losses)
-    ends = [begun := time.perf_counter()]
+    ends = [begun := time.process_time()]
 
     with watch(training.model, training.optimizer, every=max(more - 1, 1), planned_steps=planned) as watching:
 
@@ -80,10 +82,10 @@ def measure(training: Training, steps: int, planned: int, deadline: float, whole
             return watching.loss(loss)
 
         while len(losses) < steps and all(map(math.isfinite, losses[-1:])):
-            if ends[-1] > deadline:
+            if left() < 0:
                 raise OutOfTimeError
             training.step(tell)
-            ends.append(time.perf_counter())
+            ends.append(time.process_time())
     trace = watching.trace
     findings = diagnose(trace) if len(trace.sampled_steps) else []
     return Outcome(
@@ -93,22 +95,67 @@ def measure(training: Training, steps: int, planned: int, deadline: float, whole
         decades=summarize(trace, findings)["decades_first_layer"],
         accuracy=training.accuracy() if whole else math.nan,
         harms=tuple(f.kind for f in findings if f.severity == "harm"),
-        seconds=time.perf_counter() - begun,
+        seconds=time.process_time() - begun,
         step_seconds=float(np.median(np.diff(ends))) if len(ends) > FEWEST else 0.0,
     )
+
+
+def reached(trace: Trace, findings: Sequence[Finding], accuracies: Mapping[int, float], steps: int) -> Outcome:
+    """What a training that was watched had come to after so many steps; its accuracy where it was measured then."""
+    at, losses = trace.losses
+    told = losses[at < steps]
+    p = profile(trace)
+    seen = np.flatnonzero((p.steps < steps) & p.finite)
+    return Outcome(
+        steps=steps,
+        loss=last_loss(told.tolist()),
+        first_loss=float(told[0]) if len(told) else math.nan,
+        decades=float(p.decades[seen[-1], 0]) if seen.size and p.lines else math.nan,
+        accuracy=accuracies.get(steps, math.nan),
+        harms=tuple(f.kind for f in findings if f.severity == "harm"),
+    )
+
+
+class Randomness:
+    """A stream of random numbers of torch, numpy and Python that goes on where it stopped."""
+
+    def __init__(self, seed: int) -> None:
+        with seeded(seed):
+            self.state = _states()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Draws inside are this stream's; outside all is as it was, to the bit."""
+        outside = _states()
+        _set(self.state)
+        try:
+            yield
+        finally:
+            self.state = _states()
+            _set(outside)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """The random numbers of torch, numpy and Python from ``seed`` inside; as before afterwards, to the bit."""
-    kept = random.getstate(), np.random.get_state()
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+    outside = _states()
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        _set(outside)
+
+
+def _states() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+
+
+def _set(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
+    np.random.set_state(states[2])
+    random.setstate(states[3])
