@@ -14,7 +14,6 @@ What is done is kept in a file of lines, and a second call goes on from there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import platform
@@ -84,7 +83,11 @@ def one(number: int) -> dict[str, Any]:
     config = drawn(number)
     run = training.train(config)
     harm = [finding for finding in run.findings if finding.severity == "harm"]
-    line: dict[str, Any] = {"number": number, "config": told(config), "seconds_run": run.metrics["processor_seconds_planned"]}
+    line: dict[str, Any] = {
+        "number": number,
+        "config": told(config),
+        "seconds_run": run.metrics["processor_seconds_planned"],
+    }
     if not harm:
         return {**line, "sick": False}
     start = time.process_time()
@@ -139,12 +142,12 @@ def page(lines: list[dict[str, Any]]) -> str:
         rows.append(f"| {line['config']} | {kinds} | {end} |")
     return f"""# Remedies: are their promises kept?
 
-Written by `python benchmarks/remedies.py`. {len(lines)} configurations were drawn (activation, depth 8 to 40, weight variance
-0.1 to 4, SGD with momentum 0.9 or Adam, rate; one epoch of 860 steps, width 128, batches of 64); {len(sick)} of them are sick by the
-judge's word, and the rest are left out. The search had as long as the run took, or, stopped
-early, would have taken. What is promised is the worst of three
-seeds, on validation digits, after 200 steps; it is kept if three plain trainings on seeds that the search has not seen
-reach it on the test digits, each of them, within {100 * SLACK:.0f} points.
+Written by `python benchmarks/remedies.py`. {len(lines)} configurations were drawn (activation,
+depth 8 to 40, weight variance 0.1 to 4, SGD with momentum 0.9 or Adam, rate; one epoch of 860 steps, width 128, batches
+of 64); {len(sick)} of them are sick by the judge's word, and the rest are left out. The search had as much of the
+processor's time as the run took, or, stopped early, would have taken. What is promised is the worst of three seeds, on
+validation digits, after 200 steps; it is kept if three plain trainings on seeds that the search has not seen reach it
+on the test digits, each of them, within {100 * SLACK:.0f} points.
 
 | | |
 |---|---|

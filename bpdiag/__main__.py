@@ -120,7 +120,12 @@ def _diagnose(arguments: list[str]) -> int:
     cures = _cure_stored(judged) if told.cure else {}
     if told.json and judged:
         found = [
-            {"run": str(run), "findings": f, "notes": diagnosis.notes(trace), **(cures[run].to_dict() if run in cures else {})}
+            {
+                "run": str(run),
+                "findings": f,
+                "notes": diagnosis.notes(trace),
+                **(cures[run].to_dict() if run in cures else {}),
+            }
             for run, trace, f in judged
         ]
         print(json.dumps(plain(found), indent=1, ensure_ascii=False))

@@ -100,7 +100,7 @@ class WatchConfig:
 class RemedyConfig:
     """What is tried on copies where a run ends with findings."""
 
-    steps: int = option(200, "of each remedy tried, 50 or more; 0: none is tried; in a sweep only where it is asked for")
+    steps: int = option(200, "of each remedy tried, 50 or more; 0: none is tried, as in a sweep that does not ask")
     seconds: float = option(60.0, "for trying remedies, at most; at the end of a run no longer than the run took")
 
 

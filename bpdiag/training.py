@@ -69,7 +69,7 @@ class Result:
     model: nn.Module
     trace: Trace
     findings: list[Finding]
-    metrics: dict[str, Any]  # test_accuracy, class_accuracy, validation_accuracy (and _at steps), train_loss, steps, ...
+    metrics: dict[str, Any]  # test_accuracy, class_accuracy, train_loss, steps, seconds, stopped, ...
 
 
 def check(config: Config) -> None:

@@ -48,10 +48,15 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
         {"torch", "numpy", "PIL"},
     ),
+    "remedy": (
+        {"training", "session", "initialization", "meanfield", "rules", "diagnosis", "terminal", "__init__"},
+        {"torch", "numpy"},
+    ),
     "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
             "training",
+            "remedy",
             "prediction",
             "launcher",
             "results",
@@ -77,6 +82,7 @@ STOREYS = [
     ["terminal", "bridge"],
     ["session", "prediction"],
     ["training"],
+    ["remedy"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]

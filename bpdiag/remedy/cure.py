@@ -90,9 +90,7 @@ def cure(
 class Subject:
     """A training of the caller's, begun anew as often as asked."""
 
-    def __init__(
-        self, make_model: Any, data: Iterable[Any], loss: Loss, make_optimizer: Any, steps: int
-    ) -> None:
+    def __init__(self, make_model: Any, data: Iterable[Any], loss: Loss, make_optimizer: Any, steps: int) -> None:
         self.notes: list[str] = []
         self.clears = True  # gradients before every backward
         self.loss, self.make_optimizer = loss, make_optimizer
@@ -181,7 +179,9 @@ class Subject:
 
     def start(self, candidate: Candidate | None, seed: int) -> Training:
         """A copy from ``seed``, changed: the candidate's lines run where they are to be pasted."""
-        code = {place: compile(text, f"<{place}>", "exec") for place, text in (candidate.code if candidate else {}).items()}
+        code = {
+            place: compile(text, f"<{place}>", "exec") for place, text in (candidate.code if candidate else {}).items()
+        }
         names: dict[str, Any] = {"bpdiag": bpdiag, "torch": torch, "loss": self.loss, "batch": self.first}
 
         def at(place: str) -> None:
@@ -252,7 +252,11 @@ class _Right:
         if not (isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 1 and out.shape[-1] > 1):
             return
         for y in inside:
-            if isinstance(y, Tensor) and y.dtype in (torch.int64, torch.int32, torch.uint8) and y.shape == out.shape[:-1]:
+            if (
+                isinstance(y, Tensor)
+                and y.dtype in (torch.int64, torch.int32, torch.uint8)
+                and y.shape == out.shape[:-1]
+            ):
                 self.shares.append(float((out.detach().argmax(-1) == y).double().mean()))
                 return
 

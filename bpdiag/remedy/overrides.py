@@ -85,9 +85,7 @@ def _pace(config: Config) -> Iterator[Candidate]:
     for name, factor in RATES.items():
         settings = {"optimizer.lr": config.optimizer.lr * factor}
         yield Candidate(name, "rate", settings, direction=1 if factor > 1 else -1)
-    yield Candidate(
-        "Adam", "optimizer", {"optimizer.name": "adam", "optimizer.lr": ADAM_RATE, "optimizer.eps": 1e-8}
-    )
+    yield Candidate("Adam", "optimizer", {"optimizer.name": "adam", "optimizer.lr": ADAM_RATE, "optimizer.eps": 1e-8})
 
 
 def _changed(settings: Any, told: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +124,6 @@ def start(config: Config, candidate: Candidate | None, seed: int) -> Training:
     changed = applied(config, settings)
     begun = training.begin(changed)
     rows = begun.rows(changed, math.inf)
-    validation = begun.dataset.validation
 
     def step(tell: Tell) -> None:
         loss: Tensor = tell(begun.loss(next(rows)))
@@ -145,7 +142,7 @@ def cure_run(
     no_dearer: bool = False,
     progress: Progress | None = None,
 ) -> Cure:
-    """Try what may mend a run of ours, on copies, for ``config.remedy.steps`` each and ``config.remedy.seconds`` in all.
+    """Try what may mend a run of ours, on copies, ``remedy.steps`` for each and ``remedy.seconds`` for all.
 
     Args:
         config: of the run.

@@ -39,9 +39,12 @@ def _of(group: str, model: nn.Module, optimizer: torch.optim.Optimizer, batch: A
     """The candidates of one group that this model can have."""
     layers, bends = list(weight_layers(model)), list(activations(model))
     if group == "initialization" and layers:
-        yield Candidate("critical weights", group, code={"model": "bpdiag.remedy.critical(model)"})
-        yield Candidate("weights rescaled to gain 1", group, code={"model": "bpdiag.remedy.rescale(model, batch, loss)"})
-        yield Candidate("orthogonal weights", group, code={"model": "bpdiag.remedy.orthogonal(model)"})
+        for name, call in (
+            ("critical weights", "critical(model)"),
+            ("weights rescaled to gain 1", "rescale(model, batch, loss)"),
+            ("orthogonal weights", "orthogonal(model)"),
+        ):
+            yield Candidate(name, group, code={"model": f"bpdiag.remedy.{call}"})
     elif group == "activation" and bends:
         for kind in ("ReLU", "Tanh", "GELU"):
             if any(type(m).__name__ != kind for _, _, m in bends):
@@ -104,5 +107,3 @@ def _scale(batch: Any) -> tuple[float, float] | None:
     if known.numel() < 2 or not (deviation := float(known.std())) > 0:
         return None
     return float(known.mean()), deviation
-
-

@@ -79,7 +79,7 @@ def critical(model: nn.Module) -> None:
     Example:
         >>> net = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
         >>> critical(net)
-        >>> round(float(net[0].weight.var() * 1000), 1), float(net[0].bias.abs().max())
+        >>> round(float(net[0].weight.detach().var() * 1000), 1), float(net[0].bias.detach().abs().max())
         (2.0, 0.0)
     """
     _draw(model, initialization.normal)
@@ -114,9 +114,9 @@ def rescale(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tenso
             break
         with torch.no_grad():
             for name, factor in factors.items():
-                layer = model.get_submodule(name)
-                if isinstance(layer, nn.Linear | _ConvNd):
-                    layer.weight.mul_(min(max(factor, 1 / MOST), MOST))
+                owner = model.get_submodule(name)
+                if isinstance(owner, nn.Linear | _ConvNd):
+                    owner.weight.mul_(min(max(factor, 1 / MOST), MOST))
 
 
 def _factors(trace: Any) -> dict[str, float]:
