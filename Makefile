@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo clean
+.PHONY: demo test check bench remedies zoo clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -16,6 +16,10 @@ check: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
+
+# Whether what is recommended keeps its promise: docs/remedies.md; an hour of one core.
+remedies: .venv
+	$(BIN)/python benchmarks/remedies.py
 
 # Every architecture of tests/zoo_*.py, and the page of what was found: docs/compatibility.md.
 zoo: .venv

@@ -405,7 +405,7 @@ def cure(told: Any, out: Console) -> None:
     if (best := told.recommended) is not None:
         right = f", {percent(best.after['accuracy'])} right or more" if best.after["accuracy"] >= 0 else ""
         seeds = f"on {len(best.seeds)} seeds, after {best.steps} steps"
-        out.print(Text(f"● {best.name} works: {seeds}, a loss of {best.after['loss']:.2f} or less{right}."))
+        out.print(Text(f"● {best.name} works: {seeds}, a loss of {_number(best.after['loss'], 2)} or less{right}."))
         change = " ".join(map(_quoted, best.overrides)) or best.change
         out.print(Padding(Text(f"add    {change}" if best.overrides else change, style="bold"), (0, 0, 0, 2)))
     elif told.remedies:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -71,9 +72,10 @@ def cure(
         raise UsageError(f"steps={steps}: too few to see a remedy work; {LEAST_STEPS} or more")
     if not seconds > 0:
         raise UsageError(f"seconds={seconds}: no time to try anything; more than 0")
+    end = time.perf_counter() + seconds
     with seeded(SEEDS[0]), flushed_denormals():
         subject = Subject(make_model, data, loss, make_optimizer, steps)
-        found, before = subject.watched(steps) if findings is None else (list(findings), None)
+        found, before = subject.watched(steps, end) if findings is None else (list(findings), None)
         subject.clears = not any(f.kind == "stale_gradient" for f in found)
         if not found:
             return Cure(notes=[*subject.notes, "nothing was found that needs a remedy"])
@@ -81,7 +83,7 @@ def cure(
         if not tried:
             kinds = ", ".join(dict.fromkeys(f.kind for f in found))
             return Cure(notes=[*subject.notes, f"no change of the training mends {kinds}: nothing was tried"])
-        terms = Terms(steps, SEEDS, seconds, ASSUMED_STEPS, resume=subject.size < LARGE)
+        terms = Terms(steps, SEEDS, max(end - time.perf_counter(), 0.0), ASSUMED_STEPS, resume=subject.size < LARGE)
         told = Search(subject.start, tried, terms, progress, before).run()
         told.notes = [*subject.notes, *told.notes]
         return told
@@ -162,12 +164,18 @@ class Subject:
             raise UsageError("make_optimizer: its optimizer holds no parameter of the model that it is given")
         return optimizer
 
-    def watched(self, steps: int) -> tuple[list[Finding], Callable[[int], Outcome]]:
-        """What is wrong with the training as it is, and what it comes to after so many steps."""
+    def watched(self, steps: int, end: float) -> tuple[list[Finding], Callable[[int], Outcome]]:
+        """What is wrong with the training as it is, and what it comes to after so many steps.
+
+        Raises:
+            UsageError: The time was over first.
+        """
         training = self.start(None, SEEDS[0])
         every = max(steps // SAMPLES, 1)
         with watch(training.model, training.optimizer, every=every, planned_steps=ASSUMED_STEPS) as watching:
-            for _ in range(steps):
+            for n in range(steps):
+                if time.perf_counter() > end:
+                    raise UsageError(f"no time left: {n} steps of the training as it is took all; give more seconds")
                 training.step(watching.loss)
         findings = diagnose(watching.trace)
         return findings, partial(reached, watching.trace, findings, {steps: training.accuracy()})

@@ -174,7 +174,7 @@ class Search:
         except OutOfTimeError:
             allowed = min(self.seconds, self.terms.work)
             why = "" if allowed == self.seconds else ", as the run took; bpdiag diagnose RUN --cure allows more"
-            self.notes.append(f"no time left: {allowed:.2g} s were allowed for trying remedies{why}")
+            self.notes.append(f"no time left: {allowed:.2g} s were there for trying remedies{why}")
         except KeyboardInterrupt:
             self.notes.append("interrupted: this is what had been tried")
             self.interrupted = True
