@@ -12,6 +12,7 @@ Source:
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -159,7 +160,8 @@ class Search:
         self.steps, self.seeds, self.seconds, self.guess = terms.steps, list(terms.seeds), terms.seconds, terms.guess
         self.running: dict[str, Training] = {}  # that may go on where they stopped
         self.begun, self.worked = time.perf_counter(), time.process_time()
-        self.step_seconds, self.aside = 0.0, math.inf  # of the slowest so far; of a trial beside its steps, at least
+        self.paces: list[float] = []  # seconds a step, of each trial so far
+        self.asides: list[float] = []  # seconds a trial takes beside its steps
         self.before = {n: before(n) for n in rounds(self.steps)} if before else {}
         self.came: dict[str, list[Outcome]] = {}  # name -> of the most steps, by seed
         self.tried: dict[str, Candidate] = {}
@@ -205,7 +207,7 @@ class Search:
 
     def _cost(self, steps: int) -> float:
         """Seconds that a trial of so many steps takes."""
-        return (self.aside if self.step_seconds else 0.0) + steps * self.step_seconds
+        return statistics.median(self.asides) + steps * statistics.median(self.paces) if self.paces else 0.0
 
     def _search(self) -> None:
         """Single changes; where none is on its way, pairs."""
@@ -227,7 +229,7 @@ class Search:
 
     def _see_whether_it_is_worth_it(self) -> None:
         """Raise OutOfTimeError where the time allowed is less than one remedy needs."""
-        needed = (1 + len(self.seeds)) * self._cost(self.steps) if self.step_seconds else 0.0
+        needed = (1 + len(self.seeds)) * self._cost(self.steps)
         if needed > self.left():
             self.notes.append(f"{1 + len(self.seeds)} trainings of {self.steps} steps would take about {needed:.3g} s")
             raise OutOfTimeError
@@ -301,9 +303,9 @@ class Search:
             name = arm.name if arm else "as it is"
             self.progress(self.passed(), min(self.seconds, self.terms.work), name)
         came = self._outcome(arm, seed, steps)
-        self.step_seconds = max(self.step_seconds, came.step_seconds)
         if came.step_seconds:
-            self.aside = min(self.aside, max(came.seconds - steps * came.step_seconds, 0.0))
+            self.paces.append(came.step_seconds)
+            self.asides.append(max(came.seconds - came.made * came.step_seconds, 0.0))
         if arm is not None:
             self.tried[arm.name] = arm
             if came.error and (told := f"{arm.name} could not be tried: {came.error}") not in self.notes:

@@ -50,6 +50,7 @@ class Outcome:
     harms: tuple[str, ...] = ()  # kinds of the harm found
     seconds: float = 0.0  # of the processor
     step_seconds: float = 0.0  # of a step that is not watched, the median; 0 where there were too few
+    made: int = 0  # of the steps, in this leg
     error: str = ""  # why it could not be tried
 
 
@@ -96,6 +97,7 @@ def measure(training: Training, steps: int, planned: int, left: Callable[[], flo
         accuracy=training.accuracy() if whole else math.nan,
         harms=tuple(f.kind for f in findings if f.severity == "harm"),
         seconds=time.process_time() - begun,
+        made=more,
         step_seconds=float(np.median(np.diff(ends))) if len(ends) > FEWEST else 0.0,
     )
 
