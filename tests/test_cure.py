@@ -185,6 +185,16 @@ def test_rescaled_gains_are_1(act):
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_a_net_that_overflows_is_rescaled_too():
+    net = mlp(nn.ReLU, depth=40)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(std=30)
+    assert not loss(net, BATCHES[0]).isfinite()
+    surgery.rescale(net, BATCHES[0], loss)
+    assert measured(net) == pytest.approx([1.0] * 39, rel=0.12)
+
+
 def test_orthogonal_weights_have_equal_singular_values():
     net = nn.Sequential(nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 4))
     surgery.orthogonal(net)

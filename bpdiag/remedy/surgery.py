@@ -17,6 +17,7 @@ from bpdiag import initialization
 from bpdiag.config import UsageError
 from bpdiag.rules import ACTIVATIONS
 from bpdiag.session import watch
+from bpdiag.trace import Trace
 
 # torch's module: the rule that it is
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -95,7 +96,8 @@ def rescale(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tenso
 
     The gain of a step is the factor that the weights above it and the slopes below it make; the weights are divided by
     it, and the first layer's by the rms of what it gives out.  Biases become 0.  A net whose slopes shrink as its
-    weights grow (tanh, sigmoid) takes several sweeps and may not get there.  Gradients are cleared.
+    weights grow (tanh, sigmoid) takes several sweeps and may not get there; one whose numbers are not finite begins
+    at critical weights.  Gradients are cleared.
 
     Source:
         Mishkin & Matas 2016 (LSUV) scale so that the outputs have variance 1; by the gradient instead: ours.
@@ -109,6 +111,9 @@ def rescale(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tenso
             loss(model, batch).backward()
             watching.step()
         model.zero_grad(set_to_none=True)
+        if _overflows(watching.trace):
+            critical(model)
+            continue
         factors = _factors(watching.trace)
         if all(abs(math.log10(factor)) < CLOSE for factor in factors.values()):
             break
@@ -119,7 +124,13 @@ def rescale(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tenso
                     owner.weight.mul_(min(max(factor, 1 / MOST), MOST))
 
 
-def _factors(trace: Any) -> dict[str, float]:
+def _overflows(trace: Trace) -> bool:
+    """A weight layer gives out, or gets back, what is not finite."""
+    values = [trace.value(name, i, 0) for i in trace.weight_layers() for name in ("z_rms", "g_z_norm")]
+    return any(value is not None and not math.isfinite(value) for value in values)
+
+
+def _factors(trace: Trace) -> dict[str, float]:
     """Layer -> what its weights are to be multiplied by."""
     rows = trace.weight_layers()
     factors = {}
