@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench remedies zoo clean
+.PHONY: demo test check bench remedies zoo docs clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -16,6 +16,7 @@ check: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/judging.py
 
 # Whether what is recommended keeps its promise: docs/remedies.md; an hour of one core.
 remedies: .venv
@@ -25,6 +26,10 @@ remedies: .venv
 zoo: .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[zoo]'
 	$(BIN)/python tests/zoo.py
+
+# docs/findings.md, from the generators of findings and their tests.
+docs: .venv
+	$(BIN)/python tests/findings_page.py
 
 # The stamp is written last: an interrupted install is begun anew.
 .venv: .venv/installed

@@ -26,7 +26,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag -m KEY=VALUE,VALUE ...    every combination, one table at the end
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
   bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
-  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json]
+  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json] [--fail-on harm]
   bpdiag diagnose RUN --cure       and try remedies on copies, for up to remedy.seconds
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
   bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
@@ -45,6 +45,9 @@ Also Hydra's own: --cfg job (show the configuration), --config-dir, --hydra-help
 Exit code: 0 done (also when a run went not finite: it is stopped, kept and judged), 1 a run failed,
 2 bad input, 130 interrupted.
 """
+
+
+FAILS = {"harm": ("harm",), "warning": ("harm", "warning")}  # what --fail-on fails on
 
 
 def conf() -> Path:
@@ -103,7 +106,10 @@ def _diagnose(arguments: list[str]) -> int:
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
     parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
+    parser.add_argument("--fail-on", metavar="SEVERITY", help="exit with 1 if a run has a finding: harm, warning")
     told = parser.parse_args(arguments)
+    if told.fail_on is not None:
+        choose("--fail-on", told.fail_on, FAILS)
 
     from bpdiag import diagnosis, terminal
     from bpdiag.trace import Trace, TraceError, plain
@@ -139,9 +145,10 @@ def _diagnose(arguments: list[str]) -> int:
             terminal.cure(cures.get(run), terminal.console())
     for message in refused:
         print(f"bpdiag: {message}", file=sys.stderr)
+    failed = any(f.severity in FAILS.get(told.fail_on, ()) for _, _, findings in judged for f in findings)
     if any(cure.interrupted for cure in cures.values()):
         raise KeyboardInterrupt
-    return 2 if refused else 0
+    return 2 if refused else 1 if failed else 0
 
 
 def _cure_stored(judged: list[Any]) -> dict[Path, Any]:
@@ -276,7 +283,16 @@ def _train(arguments: list[str]) -> int:
     flags = [word for word in arguments if word in ("--json", "--quiet")]
     arguments = [word for word in arguments if word not in flags]
     TELLS.set(flags[-1][2:] if flags else "text")
-    told = get_args_parser().parse_args(arguments)
+    parser = get_args_parser()
+    parser.exit_on_error = False  # our one line, not a page of usage
+    try:
+        told, unknown = parser.parse_known_intermixed_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from error
+    if unknown:
+        raise UsageError(f"{unknown[0]}: unknown option; bpdiag --help has ours, --hydra-help Hydra's")
+    options = [word for word in arguments if word not in told.overrides]
+    arguments = [*options, *told.overrides]  # Hydra takes no option between two of them
     with _hydra_in_words(), _as_argv(arguments):
         try:
             if not (told.info or told.hydra_help or told.shell_completion):

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bpdiag.config import UsageError, choose
 
@@ -62,6 +62,21 @@ SQUISHES = {
 LASTS = ("squish", "linear")
 
 
+def _number(name: str, given: Any) -> float:
+    try:
+        if not isinstance(given, str):
+            return float(given)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise UsageError(f"{name}: {given!r:.60} is not a number")
+
+
+def _numbers(name: str, given: Any) -> tuple[float, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UsageError(f"{name}: {given!r:.60} is not a list of numbers, one a layer, as in [2, 3, 0.5]")
+    return tuple(_number(name, x) for x in given)
+
+
 class Values(NamedTuple):
     """All that is computed of a chain, each part from one before it."""
 
@@ -85,8 +100,10 @@ class Chain:
         last: squish, or linear: the last layer gives out z.
         b: b_1, ..., b_L, what else enters each layer: a bias, or what other paths bring.  Empty: nothing.
 
+    w and b are kept as tuples of floats: chains of the same numbers are equal, and none changes under another's hand.
+
     Raises:
-        UsageError: A name is unknown, there is no weight, or w and b differ in length.
+        UsageError: A name is unknown, there is no weight, w and b differ in length, or something is no number.
 
     Example:
         >>> Chain().forward()
@@ -109,7 +126,11 @@ class Chain:
     def __post_init__(self) -> None:
         choose("squish", self.squish, SQUISHES)
         choose("last", self.last, LASTS)
-        if not len(self.w):
+        for name in ("a0", "y"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("w", "b"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        if not self.w:
             raise UsageError("w: no weight; a chain has one a layer, as in w=2,3,0.5")
         if len(self.b) not in (0, len(self.w)):
             raise UsageError(f"b: {len(self.b)} numbers for {len(self.w)} layers; give one a layer, or none")
@@ -150,8 +171,14 @@ class Chain:
         return told
 
     def path(self, layer: int) -> list[str]:
-        """The names of the factors on the way from the cost down to w of ``layer``; their product is dC/dw."""
+        """The names of the factors on the way from the cost down to w of ``layer``; their product is dC/dw.
+
+        Raises:
+            UsageError: There is no such layer; they count from 1.
+        """
         top = self.depth
+        if not 1 <= layer <= top:
+            raise UsageError(f"layer={layer}: the chain has layers 1 to {top}")
         between = [f"da{k}/da{k - 1}" for k in range(top, layer, -1)]
         return [f"dC/da{top}", *between, f"da{layer}/dw{layer}"]
 

@@ -1,4 +1,4 @@
-"""watch(model, optimizer): the public face of measuring.  Recorder + sinks, opened and closed together."""
+"""watch(model, optimizer): the public face of measuring.  Recorder + sinks, opened and closed together; a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bpdiag
-from bpdiag import diagnosis, hooks
+from bpdiag import diagnosis, hooks, terminal
 from bpdiag.config import UsageError, dotted
 from bpdiag.dashboard.writer import TensorBoardWriter
 from bpdiag.trace import Trace, TraceWriter
@@ -47,8 +47,10 @@ def watch(
 ) -> Watch:
     """Measure every layer of ``model`` on steps 0, N, 2N, ... of the block.
 
-    A step ends when the optimizer (the last one of several) has stepped, without one at ``watch.step()``, with a
-    gradient scaler at its ``update``, also where it skipped the step.  A loss that is told (``watch.loss``) before its
+    A step ends when the optimizer has stepped, of several when all have, in whatever order and however often each does;
+    one that has not stepped in the last 8 steps of another is not waited for, and until that is known those 8 and the
+    next are recorded as one step and counted as 9.  Without an optimizer it ends at ``watch.step()``, with a gradient
+    scaler at its ``update``, also where it skipped the step.  A loss that is told (``watch.loss``) before its
     backward tells its scale too, which is divided out of the cotangents and kept as ``loss_scale``.  Watching
     changes no result by a bit, and leaving the block, also by an exception, leaves the model as it was.
 
@@ -181,7 +183,7 @@ class Watch:
             self._writer.meta |= {"unseen": self._running().unseen(), "every": self._running().pace.every}
             self._writer.close()
             if self._board is not None and self._log is not None:
-                findings = diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
+                findings = self._findings()
                 diagnosis.write(self.trace, findings, self._log)
                 self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
                 self._tell_settings(findings)
@@ -229,6 +231,13 @@ class Watch:
         """Facts for the trace's meta.json: what built the model, say."""
         self._running()
         self._writer.meta.update(facts)
+
+    def report(self) -> None:
+        """Print what a run of ours ends with: the last measured step layer by layer, the verdict, the notes."""
+        terminal.report(self.trace, self._findings(), self._log, terminal.console())
+
+    def _findings(self) -> list[diagnosis.Finding]:
+        return diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
 
     @property
     def last_loss(self) -> float:

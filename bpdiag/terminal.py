@@ -89,14 +89,14 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
     if band is not None:
         shown.pop("dead", None)  # of several batches of a real run
     bar = BAR if width >= 96 else BAR // 2
-    title = f"step {p.steps[at]}" + (", expected" if band is not None else "")
+    title = f"step {p.steps[at]}" + (", expected" if band is not None else "") + f"  (| is 1/T, T = {p.planned} steps)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
     table.add_column("layer", no_wrap=True)
     table.add_column("decades", justify="right", no_wrap=True)
     banded = band is not None and width >= 50
     if banded:
         table.add_column("±", justify="right", no_wrap=True)
-    table.add_column(f"of the output's gradient (| 1/T, T = {p.planned})" if width >= 112 else "", no_wrap=True)
+    table.add_column("of the output's gradient" if bar == BAR else "", no_wrap=True)
     for heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
     decades = p.decades[at]
@@ -118,9 +118,18 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
 
 
 def _end_of(name: str, width: int) -> str:
-    """A name short enough for its table; its end tells more."""
+    """A name short enough for its table; its end tells more, from a dot on where one is near.
+
+    Example:
+        >>> _end_of("transformer.h.3.attn.c_attn", 112), _end_of("0123456789abcdef", 60)
+        ('…h.3.attn.c_attn', '…56789abcdef')
+    """
     room = max(12, width // 5)
-    return name if len(name) <= room else f"…{name[1 - room :]}"
+    if len(name) <= room:
+        return name
+    end = name[1 - room :]
+    dot = end.find(".") + 1
+    return f"…{end[dot:] if dot <= room // 2 else end}"
 
 
 def _at(trace: Trace, column: str, at: int, lines: Sequence[int]) -> float:
@@ -178,7 +187,7 @@ def _span(layers: Sequence[str]) -> str:
     return ", ".join(names)
 
 
-def report(trace: Trace, findings: Sequence[Finding], folder: Path | str | None, out: Console) -> None:
+def report(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[str] | None, out: Console) -> None:
     """A run's last words: the sentence, the layer table, the findings, where it lies."""
     p = diagnosis.profile(trace)
     summary = diagnosis.summarize(trace, findings)
@@ -240,7 +249,7 @@ def _bounds(told: dict[str, Any], p: Profile) -> Iterator[str]:
         )
 
 
-def where_to_look(folder: Path | str, out: Console) -> None:
+def where_to_look(folder: str | os.PathLike[str], out: Console) -> None:
     """The folder and the command that shows it, each on a line of its own, to be copied whole."""
     out.print(Text(f"run folder   {folder}"), soft_wrap=True)
     out.print(Text(f"look closer  tensorboard --logdir {shlex.quote(str(folder))}"), soft_wrap=True)

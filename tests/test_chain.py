@@ -262,11 +262,30 @@ def test_sigmoid_in_exact_arithmetic():
         ({"last": "linaer"}, "did you mean 'linear'"),
         ({"w": ()}, "no weight"),
         ({"b": (1.0,)}, "b: 1 numbers for 3 layers"),
+        ({"w": "2,3"}, "w: '2,3' is not a list of numbers"),
+        ({"w": 2.0}, "w: 2.0 is not a list of numbers"),
+        ({"w": (2.0, "3")}, "w: '3' is not a number"),
+        ({"a0": None}, "a0: None is not a number"),
     ],
 )
 def test_a_chain_that_cannot_be_is_refused(asked, message):
     with pytest.raises(UsageError, match=message):
         Chain(**asked)
+
+
+@pytest.mark.parametrize("layer", [0, -1, 4])
+def test_a_path_from_no_layer_is_refused(layer):
+    with pytest.raises(UsageError, match=f"layer={layer}: the chain has layers 1 to 3"):
+        Chain().path(layer)
+
+
+def test_chains_of_the_same_numbers_are_equal_and_keep_theirs():
+    w = [2, 3, 0.5]
+    chain = Chain(w=w)
+    w[0] = 7
+    assert chain == Chain()
+    assert hash(chain) == hash(Chain())
+    assert chain.w == (2.0, 3.0, 0.5)
 
 
 # ---- nets of several units: a sum of paths, and each path is a chain ----------------------------------------

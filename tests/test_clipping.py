@@ -108,6 +108,30 @@ def test_micro_batches_are_added_up_before():
     assert norms(watching.trace, 1, "g_W_norm") == pytest.approx(norms(run(clip), 1, "g_W_norm"), rel=1e-6)
 
 
+def test_what_comes_to_a_weight_after_its_step_is_not_its_gradient():
+    """A GAN: the generator's loss goes through the discriminator, which has stepped."""
+    torch.manual_seed(1)
+    both = nn.ModuleDict({"G": nn.Linear(6, 6), "D": nn.Linear(6, 1)})
+    og, od = (torch.optim.SGD(both[name].parameters(), lr=0.1) for name in "GD")
+    right = []
+    with watch(both, [od, og]) as watching:
+        for _ in range(2):
+            fake = both["G"](X)
+            od.zero_grad()
+            (both["D"](X).square() - both["D"](fake.detach())).mean().backward()
+            right.append(both["D"].weight.grad.norm().item())
+            od.step()
+            og.zero_grad()
+            both["D"](fake).mean().backward()
+            assert abs(both["D"].weight.grad.norm().item() / right[-1] - 1) > 0.05  # the twin: what is there in the end
+            og.step()
+    trace = watching.trace
+    i = next(i for i, layer in enumerate(trace.layers) if layer.key == "D#0")
+    for column in ("g_W_norm", "g_W_raw_norm"):
+        assert trace.column(column)[0][:, i].tolist() == pytest.approx(right, rel=1e-6), column
+    assert not any("between backward" in note for note in diagnosis.notes(trace))
+
+
 def test_no_hook_is_left_on_a_weight():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -106,6 +106,14 @@ def test_the_lines_pasted_into_a_loop_reach_what_was_promised(told):
     assert pasted("", 21, best.steps) > 1.2  # without them it does not learn
 
 
+def test_torchs_own_losses_are_taken_as_they_are():
+    subjects = [Subject(mlp, BATCHES, one, sgd, 60) for one in (loss, cross_entropy, nn.CrossEntropyLoss())]
+    told = []
+    for subject in subjects:
+        subject.start(None, 0).step(lambda lost: told.append(float(lost.detach())) or lost)
+    assert told[0] == told[1] == told[2]
+
+
 def test_a_table_and_a_dictionary_come_of_it(told):
     assert told.recommended.change in str(told)
     assert told.to_dict()["remedies"][0]["recommended"]

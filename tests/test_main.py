@@ -12,6 +12,7 @@ import pandas
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from typed import HE, by, net
 
 from bpdiag.__main__ import conf, main
 from bpdiag.config import Config, ModelConfig, TrainingConfig
@@ -183,6 +184,8 @@ BAD = [
     (["experiment=key", "--config-dir", "own"], "model.dept: unknown key; did you mean 'model.depth'?"),
     (["experiment=word", "--config-dir", "own"], "experiment/word.yaml: model.depth: Value 'three'"),
     (["experiment=half", "--config-dir", "own"], "half.yaml"),
+    (["seed=1", "--nope"], "--nope: unknown option; bpdiag --help"),
+    (["seed=1", "--config-dir"], "argument --config-dir/-cd: expected one argument"),
     (["experiment=key", "--config-dir", "absent"], "--config-dir absent: no such folder"),
     (["-m", "experiment=vanishing,width"], "one experiment at a time"),
     (["experiment=number", "--config-dir", "own"], "expect.equals='one': test_accuracy is a number"),
@@ -192,6 +195,10 @@ BAD = [
     (["nonsense"], "unknown command"),
     (["diagnoze", "x"], "did you mean 'diagnose'"),
     (["diagnose", "nowhere"], "no such folder"),
+    (
+        ["diagnose", "half", "--fail-on", "harms"],
+        "--fail-on=harms: unknown; known: harm, warning; did you mean 'harm'?",
+    ),
     (["diagnose", "."], "no trace here"),
     (["diagnose", "half"], "half"),
     (["diff", "half", "half"], "half"),
@@ -348,6 +355,11 @@ def test_no_number_is_cut_in_a_narrow_terminal(columns, monkeypatch, capsys):
     assert columns == "40" or all("%" in line for line in lines)
 
 
+def test_options_may_stand_between_overrides(capsys):
+    assert main([QUICK[0], "-m", *QUICK[1:], "seed=0,1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_reader_who_has_seen_enough_ends_no_sweep(tmp_path, flags):
     told = [sys.executable, "-m", "bpdiag", "-m", "seed=0,1,2", "hydra.sweep.dir=sweep", *QUICK, *flags]
@@ -401,3 +413,15 @@ def test_the_program_runs_as_a_module(tmp_path):
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert torch.load(runs()[0] / "model.pt", weights_only=True)["config"]["model"]["width"] == 8
+
+
+@pytest.mark.parametrize(
+    ("trace", "codes"),
+    [(by(-4), (0, 1, 1)), (net(sig=lambda s: HE / 10 if s < 60 else HE), (0, 0, 1)), (net(), (0, 0, 0))],
+    ids=["harm", "warning", "healthy"],
+)
+def test_a_finding_can_fail_a_build(trace, codes, capsys):
+    trace.save("run")
+    for options, code in zip(([], ["--fail-on", "harm"], ["--fail-on=warning"]), codes, strict=True):
+        assert main(["diagnose", "run", *options]) == code
+    assert main(["diagnose", "run", "nowhere", "--fail-on", "warning"]) == 2

@@ -60,6 +60,22 @@ def test_the_remedies_shown_are_those_that_a_run_prints(monkeypatch, capsys):
     assert {" ".join(row[:2]) for row in told[2:5]} <= {" ".join(row[:2]) for row in printed}
 
 
+def test_a_trained_net_is_written_out_as_the_page_shows(capsys):
+    """Line by line, numbers and bars aside: those of the page are of 860 steps."""
+
+    def form(line: str) -> str:
+        return re.sub(r"[█▒]+|\s+|-?\d+(\.\d+)?(e-?\d+)?(?!\w)", "", line)
+
+    asked = ["model.activation=sigmoid", "model.depth=10", "model.weight_variance=torch"]
+    assert " ".join(["bpdiag", *asked]) in README
+    assert main([*asked, "training.steps=2", "hydra.run.dir=run"]) == 0
+    capsys.readouterr()
+    assert main(["chain", "--run", "run", "--layer", "linear1"]) == 0
+    printed = [form(line) for line in capsys.readouterr().out.splitlines()]
+    (shown,) = [block for block in re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S) if "agreement" in block]
+    assert [line for line in shown.splitlines() if form(line) not in printed] == ["..."]
+
+
 def test_the_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = {c[1] for c in commands() if c[0] == "make"} | set(re.findall(r"`make (\w+)`", README))

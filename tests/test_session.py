@@ -434,6 +434,27 @@ def test_loss_returns_the_very_tensor_and_notes_what_it_was():
     assert watching.last_loss == value
 
 
+def test_a_report_in_words_inside_and_after(capsys, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(20, 20), nn.Sigmoid())], nn.Linear(20, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, log=tmp_path / "mine") as watching:
+        watching.report()
+        assert "Nothing was measured" in capsys.readouterr().out
+        for _ in range(30):
+            optimizer.zero_grad()
+            watching.loss(nn.functional.cross_entropy(model(torch.randn(16, 20)), torch.arange(16) % 3)).backward()
+            optimizer.step()
+        watching.report()
+        inside = capsys.readouterr().out
+    watching.report()
+    after = capsys.readouterr().out
+    for told in (inside, after):
+        assert "▼ The gradient dies on its way down: 0 (linear) receives" in told
+        assert "24 (linear)" in told.splitlines()[2]  # the output on top
+    assert f"tensorboard --logdir {tmp_path / 'mine'}" in after
+
+
 def test_the_trace_inside_the_block_is_a_snapshot():
     model = mlp()
     optimizer = sgd(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from bpdiag.diagnosis.finding import Finding
@@ -11,6 +12,7 @@ from bpdiag.diagnosis.ledger import Profile
 UNOWNED = "receives gradient, in no module of the model"
 LEFT_OUT = "in no optimizer, so never updated"
 STRANGER = "in an optimizer, in no module of the model"
+CUT = "cut off: called, and no gradient came back; above it reads what has no graph: "
 
 
 def disconnected(p: Profile) -> Iterator[Finding]:
@@ -27,6 +29,7 @@ def disconnected(p: Profile) -> Iterator[Finding]:
         for reason in (UNOWNED, LEFT_OUT, STRANGER)
     }
     still = bool(len(p.plateau) and p.plateau[-1])
+    yield from _cut(p, [line for line in listed if line["reason"].startswith(CUT)])
     if unowned := by_reason[UNOWNED]:
         yield _finding(
             p,
@@ -49,6 +52,32 @@ def disconnected(p: Profile) -> Iterator[Finding]:
             why if replaced else "What is meant to stay as it is says so with requires_grad_(False).",
             "make the optimizer after the model is complete, from all its parameters",
         )
+
+
+def _cut(p: Profile, lines: list[dict[str, str]]) -> Iterator[Finding]:
+    """Layers that an optimizer has and no gradient reaches, below one that reads numbers without a graph."""
+    if not lines:
+        return
+    names = [line["name"] for line in lines]
+    above = next((layer for layer in p.trace.layers if layer.name == lines[0]["reason"].removeprefix(CUT)), None)
+    title = above.title if above else lines[0]["reason"].removeprefix(CUT)
+    below = f"{names[0]}" if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    found = _finding(
+        p,
+        "cut: no gradient passes (detach, no_grad, .data, or a tensor made anew)",
+        "harm",
+        names,
+        f"The way down is cut below {title}: {below} never receive{'s' * (len(names) == 1)} a gradient.",
+        f"What {title} reads has no graph, though {len(names)} layer{'s' * (len(names) > 1)} with parameters in the "
+        "optimizer ran before it.",
+        "let it read what the layers below give out: no .detach(), .data, torch.no_grad(), .item(), numpy or argmax "
+        "on the way; freeze on purpose with requires_grad_(False)",
+    )
+    yield dataclasses.replace(
+        found,
+        layers=tuple(f"{name}#0" for name in names),
+        evidence={"layers": float(len(names)), "loss": found.evidence["loss"]},
+    )
 
 
 def _count(names: list[str]) -> str:

@@ -48,8 +48,8 @@ class Weights:
             self._stale[p] = 0.0 if p.grad is None else statistics.norm(p.grad)
 
     def left_by_backward(self, p: nn.Parameter) -> None:
-        """A backward has added to a weight's gradient."""
-        if p.grad is not None:
+        """A backward has added to a weight's gradient; not what another's loss adds when it has been used."""
+        if p.grad is not None and p not in self._met:
             self._left[p] = p.grad, p.grad._version
             self._raw[p] = self._norm("g_W_raw", p, p.grad)
 
@@ -108,6 +108,8 @@ class Weights:
             copy = self._copies.get(weight)
             if copy is not None and copy.numel() and not no_update:
                 numbers["dW_norm"] = self._norm("dW", weight, copy.sub_(weight.detach()))  # in place: one is enough
+                if copy.element_size() < 4 and weight.grad is not None:
+                    numbers["dW_rounded_fraction"] = statistics.mean(copy[weight.grad != 0] == 0)
             told[weight] = {column: x for column, x in numbers.items() if x is not None}
         gaps: list[Gap] = []
         for call in calls:

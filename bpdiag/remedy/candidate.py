@@ -130,6 +130,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "precision": ("precision", "input"),
     "dominating_layer": FLOW,
     "chance_level": FLOW,
+    "targets": (),  # of the data, and of time: no change of a training mends them
+    "data_order": (),
+    "too_few_steps": (),
 }
 # cause of vanishing or exploding: the group to begin with
 FIRST = {"slopes": "activation", "normalization": "residual", "depth": "residual", "alignment": "normalization"}

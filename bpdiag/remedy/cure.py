@@ -22,12 +22,13 @@ from bpdiag.remedy.search import LEAST_STEPS, Cure, Progress, Search, Terms
 from bpdiag.remedy.trial import LAST, Outcome, Randomness, Tell, Training, reached, seeded
 from bpdiag.session import watch
 from bpdiag.training import flushed_denormals
+from bpdiag.trial import of_model_and_batch
 
 SEEDS = (0, 1, 2)
 ASSUMED_STEPS = 1_000  # over which harm is judged, as of a run whose length is not told
 LARGE = 10_000_000  # parameters: of larger models no trial waits in memory for its next round
 SAMPLES = 20  # of the training as it is, where no findings are given
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[..., Tensor]
 
 
 def cure(
@@ -51,7 +52,8 @@ def cure(
         make_model: makes the model, or the model itself.
         data: batches; a list or a loader is read anew for each trial, an iterator as far as ``steps`` batches, which
             are kept.
-        loss: (model, batch) -> the scalar to fall.
+        loss: (model, batch) -> the scalar to fall; or one of torch's, or any of (output, targets), where a batch is a
+            pair of inputs and targets.
         make_optimizer: model -> its optimizer.
         findings: what ``diagnose`` said of the training; None: it is watched for ``steps`` first.
         steps: of a whole trial, 50 or more.
@@ -95,9 +97,10 @@ class Subject:
     def __init__(self, make_model: Any, data: Iterable[Any], loss: Loss, make_optimizer: Any, steps: int) -> None:
         self.notes: list[str] = []
         self.clears = True  # gradients before every backward
-        self.loss, self.make_optimizer = loss, make_optimizer
+        self.make_optimizer = make_optimizer
         self.make = self._maker(make_model)
         self.data = self._replayable(data, steps)
+        self.loss = of_model_and_batch(loss, self._model(SEEDS[0]), self.first)
         self.size = sum(p.numel() for p in self._model(SEEDS[0]).parameters())
 
     def _maker(self, given: Any) -> Callable[[], nn.Module]:

@@ -18,6 +18,7 @@ from bpdiag.config import UsageError
 from bpdiag.rules import ACTIVATIONS
 from bpdiag.session import watch
 from bpdiag.trace import Trace
+from bpdiag.trial import of_model_and_batch
 
 # torch's module: the rule that it is
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
@@ -91,7 +92,7 @@ def orthogonal(model: nn.Module) -> None:
     _draw(model, initialization.orthogonal)
 
 
-def rescale(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+def rescale(model: nn.Module, batch: Any, loss: Callable[..., Tensor]) -> None:
     """Divide each weight by the gain it owns, measured on ``batch``, until every backward gain is 1.
 
     The gain of a step is the factor that the weights above it and the slopes below it make; the weights are divided by
@@ -106,6 +107,7 @@ def rescale(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tenso
         for _, _, layer in weight_layers(model):
             if layer.bias is not None:
                 layer.bias.zero_()
+    loss = of_model_and_batch(loss, model, batch)
     for _ in range(SWEEPS):
         with watch(model) as watching:
             loss(model, batch).backward()
