@@ -133,8 +133,9 @@ def page(lines: list[dict[str, Any]]) -> str:
         kinds = ", ".join(line["kinds"])
         if "remedy" in line:
             got = ", ".join(f"{100 * x:.0f}" for x in line["got"])
+            before = f"{100 * line['before']:.0f}" if line["before"] >= 0 else "not finite by then"
             end = (
-                f"{line['remedy']} | {100 * line['before']:.0f} | {100 * line['promised']:.0f} | {got} | "
+                f"{line['remedy']} | {before} | {100 * line['promised']:.0f} | {got} | "
                 f"{'yes' if line['kept'] else 'NO'}"
             )
         else:
