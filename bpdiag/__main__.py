@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import bpdiag
 from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest, says_yes
@@ -97,12 +97,19 @@ def _guarded(arguments: list[str]) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what cannot be understood, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.removeprefix('bpdiag ')}: {message}; see {self.prog} --help")
+
+
 # ---- sub-commands -----------------------------------------------------------------------------------------
 
 
 def _diagnose(arguments: list[str]) -> int:
     """``bpdiag diagnose RUN ...``: judge stored traces again."""
-    parser = argparse.ArgumentParser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
+    parser = _Parser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
     parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
@@ -185,7 +192,7 @@ def _natural(run: Path) -> list[str]:
 
 def _diff(arguments: list[str]) -> int:
     """``bpdiag diff RUN RUN``: what differs between two runs, and where their numbers part."""
-    parser = argparse.ArgumentParser(prog="bpdiag diff", description="What differs between two runs.")
+    parser = _Parser(prog="bpdiag diff", description="What differs between two runs.")
     parser.add_argument("run", nargs=2, help="a run folder")
     told = parser.parse_args(arguments)
 
@@ -208,9 +215,7 @@ def _chain(arguments: list[str]) -> int:
     """``bpdiag chain``: the chain rule on scalars; with ``--run`` the same product in a trained net."""
     from bpdiag import lesson
 
-    parser = argparse.ArgumentParser(
-        prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see above; what is not given is the lesson's")
     parser.add_argument("--run", help="a run folder: measured factors in the place of scalars")
     parser.add_argument("--layer", metavar="NAME", help="of that run: the layer whose dC/dW is told")
@@ -241,7 +246,7 @@ def _chain(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     """``bpdiag predict KEY=VALUE ...``: what theory expects of a run, untrained."""
-    parser = argparse.ArgumentParser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
+    parser = _Parser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of a run: bpdiag --help has them")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)
