@@ -27,6 +27,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
   bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json]
+  bpdiag report RUN ... -o FILE    one page that opens offline: map, profile, findings, chain, comparison
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
   bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
   bpdiag chain --run RUN --layer NAME [--step N]    the same product, measured in a trained net
@@ -131,18 +132,31 @@ def _diagnose(arguments: list[str]) -> int:
 
 def _runs(folder: Path) -> list[Path]:
     """The run folder given, or the run folders in it, in natural order."""
+    from bpdiag.views import find
+
     if says_yes(folder.is_dir) and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
-        try:
-            inside = {path.parent.parent for path in folder.glob("**/trace/meta.json")}
-        except OSError:  # a folder that vanishes or may not be read while we look
-            inside = set()
-        return sorted(inside, key=_natural) or [folder]
+        return find(folder) or [folder]
     return [folder]
 
 
-def _natural(run: Path) -> list[str]:
-    """A key that puts depth=5 before depth=10."""
-    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", str(run))]
+def _report(arguments: list[str]) -> int:
+    """``bpdiag report RUN ... -o FILE``: one page that opens offline."""
+    parser = argparse.ArgumentParser(prog="bpdiag report", description="One page of runs that opens offline.")
+    parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="default: report.html")
+    parser.add_argument("--json", action="store_true", help="where it was written and of what, as JSON")
+    parser.add_argument("--quiet", action="store_true", help="nothing but errors")
+    told = parser.parse_args(arguments)
+
+    from bpdiag import report
+
+    runs = [run for given in told.run for run in _runs(Path(given))]
+    path = report.write_html(runs, told.output)
+    if told.json:
+        print(json.dumps({"page": str(path), "runs": [str(run) for run in runs]}, indent=1))
+    elif not told.quiet:
+        print(f"{path}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {path.stat().st_size / 1000:.0f} kB")
+    return 0
 
 
 def _diff(arguments: list[str]) -> int:
@@ -228,6 +242,7 @@ def _predict(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "diagnose": _diagnose,
+    "report": _report,
     "diff": _diff,
     "chain": _chain,
 }

@@ -149,11 +149,11 @@ def _log(gain: float) -> float:
 def _closing(trace: Trace, row: int, at: int, measured: float) -> list[Term]:
     """What the layer read, and the agreement that is left; in one where what it read was not measured."""
     title, arrives = trace.layers[row].title, _number(trace, "g_z_norm", row, at)
-    entering = entering(trace, row, at)
-    if entering is None:
+    read = entering(trace, row, at)
+    if read is None:
         return [Term("input and agreement", f"‖a‖ into {title} · agreement", measured / arrives)]
-    told = [Term("input", f"‖a‖ into {title}", entering)]
-    return told if entering == 0 else [*told, Term("agreement", "agreement", measured / (arrives * entering))]
+    told = [Term("input", f"‖a‖ into {title}", read)]
+    return told if read == 0 else [*told, Term("agreement", "agreement", measured / (arrives * read))]
 
 
 def entering(trace: Trace, row: int, at: int) -> float | None:

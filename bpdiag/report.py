@@ -24,9 +24,11 @@ from bpdiag.config import UsageError
 from bpdiag.trace import TraceError, replace
 
 STATIC = Path(dashboard.__file__).parent / "static"
-NUMBERS = 360_000  # of all series together: about 0.7 MB
+NUMBERS = 360_000  # of all series together: about 0.6 MB
+BLOCKS = len(views.SERIES) + len(views.OWNERS) + 1 + len(views.MAPPED)  # of a run, each of columns x layers
+USUAL = 20  # layers of a run that has not told
 FEWEST = 12  # columns of a run
-LARGEST = 900_000  # bytes of data; the runs that no longer fit are told in one line each
+LARGEST = 750_000  # bytes of data; runs beyond it are compared and no more
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -52,19 +54,21 @@ def write_html(runs: Sequence[Path], out: str | os.PathLike[str]) -> Path:
     root = Path(os.path.commonpath([run.resolve().parent for run in runs])) if runs else Path()
     names = {run.resolve().relative_to(root).as_posix(): run for run in runs}
     told, details, refused = [], {}, []
-    layers = sum(max(len(views.overview(run, name)["expected"]), 8) for name, run in names.items())
-    columns = min(views.COLUMNS, max(FEWEST, NUMBERS // (24 * max(layers, 1))))
+    every = {name: views.overview(run, name) for name, run in names.items()}
+    layers = sum(len((one["last"] or {"decades": []})["decades"]) or USUAL for one in every.values())
+    columns = min(views.COLUMNS, max(FEWEST, NUMBERS // (BLOCKS * max(layers, 1))))
     size = 0
-    for name, run in names.items():
+    for name, overview in every.items():
+        if size > LARGEST:
+            told.append(overview)
+            continue
         try:
-            detail = views.detail(run, name, columns)
+            details[name] = views.detail(names[name], name, columns)
         except TraceError as error:  # one that cannot be read stops no other
             refused.append(error)
             continue
-        told.append({key: detail[key] for key in views.overview(run, name)})
-        size += len(zlib.compress(json.dumps(detail).encode())) * 4 // 3
-        if size < LARGEST or not details:
-            details[name] = detail
+        told.append({key: details[name][key] for key in overview})
+        size += len(zlib.compress(json.dumps(details[name]).encode())) * 4 // 3
     if refused and not told:
         raise refused[0]
     content = page(told, details, root.name)
@@ -108,10 +112,10 @@ _EXPORT = re.compile(r"^export ((?:async )?(?:const|function|class) ([\w$]+))", 
 
 
 def _wrapped(name: str, source: str) -> str:
-    """One module as a function of no argument that fills its place in ``modules``.
+    r"""One module as a function of no argument that fills its place in ``modules``.
 
     Example:
-        >>> print(_wrapped("a.js", 'import { b } from "./b.js";\\nexport const c = b + 1;'))
+        >>> print(_wrapped("a.js", 'import { b } from "./b.js";\nexport const c = b + 1;'))
         modules["a.js"] = await (async () => {
         const { b } = modules["b.js"];
         const c = b + 1;

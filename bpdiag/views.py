@@ -164,7 +164,9 @@ def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
             "layers": [_layer(trace, i, lines) for i in lines],
             "steps": steps[chosen].tolist(),
             "sampled": len(steps),
-            "spans": [] if exact else [[int(steps[a]), int(steps[b - 1]), int(b - a)] for a, b in _spans(starts, steps)],
+            "spans": []
+            if exact
+            else [[int(steps[a]), int(steps[b - 1]), int(b - a)] for a, b in _spans(starts, steps)],
             "curve": _curve(*trace.losses),
             "guessing": _guessing(trace, lines),
             "series": {key: packed(*block) for key, block in series.items()},
@@ -233,6 +235,11 @@ def _starts(sampled: int, columns: int) -> np.ndarray:
 
 def _spans(starts: np.ndarray, steps: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), [*starts[1:].tolist(), len(steps)], strict=True))
+
+
+def _told_spans(starts: np.ndarray, steps: np.ndarray) -> list[list[int]]:
+    """[first step, last step, how many] of each span."""
+    return [[int(steps[a]), int(steps[b - 1]), b - a] for a, b in _spans(starts, len(steps))]
 
 
 def _chosen(decades: tuple[np.ndarray, np.ndarray], starts: np.ndarray) -> np.ndarray:

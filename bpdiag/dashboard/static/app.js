@@ -7,7 +7,7 @@ import { findings } from "./findings.js";
 import { map, SHOWN } from "./map.js";
 import { profile } from "./profile.js";
 import { theme } from "./color.js";
-import { $, $$, asCsv, asSvg, download, draw, glyph, name, Run, verdict } from "./parts.js";
+import { $, $$, asCsv, asSvg, download, draw, folder, glyph, name, Run, title, verdict } from "./parts.js";
 
 const VIEWS = { findings, map, profile, chain, compare };
 const TITLES = { findings: "Findings", map: "Map", profile: "Profile", chain: "Chain", compare: "Compare" };
@@ -21,7 +21,7 @@ const FRAME = html`<header class="top"><div class="brand">bpdiag <span>Gradient 
 /** host: {runs() -> overviews, run(id) -> detail, live, theme (or null), about}. */
 export async function start(host, root) {
   draw(root, FRAME);
-  const state = { view: null, run: null, step: null, layer: 0, show: "decades", picked: [], sort: ["", 1], rows: "", columns: "", filter: {}, query: "", asked: {} };
+  const state = { view: null, run: null, step: null, layer: 0, show: "decades", picked: null, sort: ["", 1], rows: "", columns: "", filter: {}, query: "", asked: {} };
   const live = $("[aria-live]", root), view = $("#view", root);
   const app = { runs: [], run: null, state, host, say: (text) => { live.textContent = text; }, keep, go };
   let shown = null, width = 0, turn = 0;
@@ -87,9 +87,9 @@ export async function start(host, root) {
 
   function rail() {
     const wanted = app.runs.filter((run) => run.id.toLowerCase().includes(state.query.toLowerCase())), low = reach(app.runs), box = $(".rail", root);
-    const scroll = box.scrollTop;
+    const scroll = box.scrollTop, folders = new Set(app.runs.map((run) => folder(run.id))).size;
     draw(box, html`<h2>${app.runs.length} ${app.runs.length === 1 ? "run" : "runs"}</h2>${app.runs.length > 12 ? html`<input type="search" placeholder="name contains" aria-label="Show runs whose name contains" value="${state.query}">` : ""}
-      ${wanted.slice(0, RAIL).map((run) => html`<button type="button" class="run" data-run="${run.id}" aria-pressed="${run.id === state.run && state.view !== "compare"}">${miniature([run], 46, 34, low, -Math.log10(run.planned || 1000))}<span><b>${name(run.id)}</b>${verdict(run.verdict)} <span class="faint">${finite(number(run.loss)) ? `loss ${plainNumber(number(run.loss))}` : ""}</span></span></button>`)}
+      ${wanted.slice(0, RAIL).map((run) => html`<button type="button" class="run" data-run="${run.id}" aria-pressed="${run.id === state.run && state.view !== "compare"}">${miniature([run], 46, 34, low, -Math.log10(run.planned || 1000))}<span>${folders > 1 ? html`<span class="faint">${folder(run.id)}</span>` : ""}<b>${title(run.id)}</b>${verdict(run.verdict)} <span class="faint">${finite(number(run.loss)) ? `loss ${plainNumber(number(run.loss))}` : ""}</span></span></button>`)}
       ${wanted.length > RAIL ? html`<p>and ${wanted.length - RAIL} more: type a part of the name</p>` : ""}
       <p>Small pictures: the share of the output's gradient that arrives, output on top; the hairline is the limit 1/T.</p><p>${host.about ?? ""}</p><p>Keys: 1 to 5 views, ↑ ↓ layer, ← → step.</p>`);
     box.scrollTop = scroll;

@@ -39,10 +39,12 @@ export function chain(root, app) {
     <div class="two"><div class="apart"></div><div class="lesson"></div></div>`);
   const host = $(".waterfall", root), svg = $("svg", host), full = host.parentNode.clientWidth;
   const bottom = wayUp(run, 0).includes(l) ? 0 : l; // all that lies on one way with the chosen layer, the rest pale
-  const drawn = wayUp(run, bottom).reverse(), x0 = 62, W = Math.max(full, x0 + 44 * (drawn.length + 2)), cell = Math.min(72, (W - x0) / (drawn.length + 1.5)), top = 64, height = 250;
+  const drawn = wayUp(run, bottom).reverse(), x0 = 62, W = Math.max(full, x0 + 40 * (drawn.length + 1.6)), cell = Math.min(72, (W - x0) / (drawn.length + 1.5)), top = 64, height = 250;
   host.style.width = `${W}px`;
   const column = (k) => x0 + k * cell, move = timeBar($(".time", root), run, state, x0, full - 20, () => update());
   let focus = null;
+  const pin = () => $(".axis", svg)?.setAttribute("transform", `translate(${host.parentNode.scrollLeft} 0)`); // the axis stays
+  host.parentNode.onscroll = pin;
 
   function update(say = false) {
     const i = state.step, told = factors(run, i, l), whole = factors(run, i, bottom);
@@ -51,14 +53,13 @@ export function chain(root, app) {
     logs.reduce((sum, v) => { const next = finite(sum) && finite(v) ? sum + v : NaN; running.push(next); return next; }, 0);
     const ends = [0, ...running, told.gradient].filter(finite), low = Math.floor(Math.min(...ends) - 0.4), high = Math.ceil(Math.max(...ends) + 0.2);
     const y = (v) => top + 20 + (height * (high - v)) / (high - low), size = Math.max(1, Math.ceil((high - low) / 6));
-    const lines = Array.from({ length: Math.floor((high - low) / size) + 1 }, (_, k) => high - k * size);
+    const lines = Array.from({ length: Math.floor(high / size) - Math.ceil(low / size) + 1 }, (_, k) => (Math.floor(high / size) - k) * size);
     const chosen = told.terms.length - 1, worst = told.terms.slice(1).reduce((a, t) => (finite(t.log) && (a === null || t.log < a.log) ? t : a), null);
     const shown = focus ?? worst?.layer ?? null;
     svg.setAttribute("width", W);
     svg.setAttribute("height", top + height + 44);
     const part = (v, from, x, w, color, pale) => html`<rect x="${x}" y="${Math.min(y(from), y(from + v))}" width="${w}" height="${Math.max(1.5, Math.abs(y(from + v) - y(from)))}" fill="${color}" opacity="${pale ? 0.35 : 1}"/>`;
-    draw(svg, html`${lines.map((v) => html`<line x1="${x0}" x2="${W}" y1="${y(v)}" y2="${y(v)}" stroke="var(--hair)"/><text class="f" x="${x0 - 10}" y="${y(v) + 4}" text-anchor="end">${powerSvg(v, 0)}</text>`)}
-      <text class="f tiny" x="0" y="48">factor</text>
+    draw(svg, html`${lines.map((v) => html`<line x1="${x0}" x2="${W}" y1="${y(v)}" y2="${y(v)}" stroke="var(--hair)"/>`)}
       ${whole.terms.map((term, k) => {
         const x = column(k), from = k ? running[k - 1] : 0, pale = k > chosen, [w, s] = [run.at("weight_factor", i, term.layer), run.at("slope_factor", i, term.layer)];
         const names = k ? [`∂z${SUBSCRIPT(run.layers[term.layer].next + 1)}`, `∂z${SUBSCRIPT(term.layer + 1)}`] : ["∂C", `∂z${SUBSCRIPT(term.layer + 1)}`];
@@ -72,7 +73,9 @@ export function chain(root, app) {
       })}
       ${finite(told.closing) && finite(running[chosen]) ? closing() : ""}
       <text class="f" x="${x0}" y="${top + height + 38}">running product, factor by factor, from the cost (left) to the input side (right)</text>
-      ${[["--weights", "weights"], ["--slopes", "slopes"], ["--other", "both, or what closes it"]].map(([color, text], k) => html`<rect x="${full - 300 + k * 82}" y="${top + height + 29}" width="10" height="10" fill="var(${color})"/><text class="s" x="${full - 285 + k * 82}" y="${top + height + 38}">${text}</text>`)}`);
+      ${[["--weights", "weights"], ["--slopes", "slopes"], ["--other", "both, or what closes it"]].map(([color, text], k) => html`<rect x="${W - 300 + k * 82}" y="${top + height + 29}" width="10" height="10" fill="var(${color})"/><text class="s" x="${W - 285 + k * 82}" y="${top + height + 38}">${text}</text>`)}
+      <g class="axis"><rect x="-2" y="0" width="${x0 - 4}" height="${top + height + 20}" fill="var(--page)"/><text class="f tiny" x="0" y="48">factor</text>${lines.map((v) => html`<text class="f" x="${x0 - 10}" y="${y(v) + 4}" text-anchor="end">${powerSvg(v, 0)}</text>`)}</g>`);
+    pin();
     function closing() {
       const x = column(whole.terms.length) + cell * 0.35, from = running[chosen];
       return html`<line x1="${column(chosen + 1)}" x2="${x}" y1="${y(from)}" y2="${y(from)}" stroke="var(--soft)" stroke-dasharray="2 3"/>${part(told.closing, from, x, cell * 0.72, "var(--other)", false)}

@@ -1,12 +1,14 @@
 // Many runs: a grid of two swept keys with a miniature profile a run, an overlay, a table that sorts.
 
 import { finite, fixed, html, number, odd, percent, plainNumber, power, powerSvg } from "./format.js";
-import { $, $$, choice, draw, glyph, name, verdict, verdictClass } from "./parts.js";
+import { $, $$, choice, draw, glyph, name, title, verdict, verdictClass } from "./parts.js";
 
 const LETTERS = "ABCDE"; // as many runs as an overlay holds
 const DASHES = ["", "6 3", "2 3", "9 3 2 3", "12 4"];
 const SEVERITY = ["not finite", "blows up", "dies", "dies later", "weakened", "running", "unfinished", "not measured", "lives"];
 const TIDY = { "model.weight_variance": "weights", "model.bias_variance": "bias", "optimizer.name": "optimizer", "model.name": "model", "data.name": "data" };
+
+const USUAL = ["model.activation", "model.depth", "model.weight_variance"]; // the order one looks in
 
 const short = (key) => TIDY[key] ?? key.split(".").at(-1);
 const lowest = (run, when = "last") => { const d = run[when]?.decades; return d?.length ? number(d[0]) : null; };
@@ -16,7 +18,8 @@ const inOrder = (a, b) => (typeof a === "number" && typeof b === "number" ? a - 
 export function swept(runs) {
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.config)))];
   const values = keys.map((key) => [key, [...new Set(runs.map((run) => run.config[key]))].filter((v) => v !== undefined).sort(inOrder)]);
-  return new Map(values.filter(([, told]) => told.length > 1).sort((a, b) => b[1].length - a[1].length || a[0].localeCompare(b[0])));
+  const usual = ([key]) => (USUAL.includes(key) ? USUAL.indexOf(key) : USUAL.length);
+  return new Map(values.filter(([, told]) => told.length > 1).sort((a, b) => usual(a) - usual(b) || b[1].length - a[1].length || a[0].localeCompare(b[0])));
 }
 
 /** A miniature: output on top, the line moves left as the gradient shrinks. */
@@ -40,12 +43,12 @@ function sentenceOf(runs) {
 
 export function compare(root, app) {
   const { runs, state } = app, keys = swept(runs), names = [...keys.keys()];
-  const usual = ["model.activation", "model.depth"].filter((key) => keys.has(key));
-  const [row, column] = [state.rows, state.columns].map((key, k) => (keys.has(key) ? key : ([...usual, ...names.filter((key) => !usual.includes(key))][k] ?? null)));
+  const [row, column] = [state.rows, state.columns].map((key, k) => (keys.has(key) ? key : (names[k] ?? null)));
   const rest = names.filter((key) => key !== row && key !== column && keys.get(key).length <= 12);
   const shown = runs.filter((run) => rest.every((key) => !(key in state.filter) || state.filter[key] === "" || String(run.config[key]) === state.filter[key]));
   const low = reach(shown), limit = -Math.log10(Math.max(1, ...runs.map((run) => run.planned ?? 1)));
-  state.picked = state.picked.filter((id) => runs.some((run) => run.id === id));
+  const examples = SEVERITY.map((word) => runs.findLast((run) => run.verdict === word && run.last?.decades.length)?.id).filter(Boolean);
+  state.picked = (state.picked ?? examples.slice(0, 3)).filter((id) => runs.some((run) => run.id === id));
   draw(root, html`<div class="kicker"><b>${row ? `${short(row)}${column ? ` × ${short(column)}` : ""}` : "All runs"}</b><span>${runs.length} runs${rest.length ? `; also swept: ${rest.map(short).join(", ")}` : ""}</span></div><h1 class="small">${sentenceOf(runs)}</h1>
     <div class="bar">${row && names.length > 1 ? html`${choice("rows", names.map((key) => [key, short(key)]), row, "down")}${choice("columns", names.map((key) => [key, short(key)]), column, "across")}` : ""}
     ${rest.map((key) => choice(`filter:${key}`, [["", "all"], ...keys.get(key).map((v) => [v, String(v)])], state.filter[key] ?? "", short(key)))}</div>
@@ -75,7 +78,7 @@ function cells(host, app, { shown, keys, row, column, low, limit }) {
     const of = told.length > 1 ? ` ${same} of ${told.length}` : "";
     return html`<button type="button" class="cell" data-pick="${JSON.stringify(told.slice(0, LETTERS.length).map((run) => run.id))}" aria-pressed="${picked.length > 0}" aria-label="${label}: ${word}${of}, ${finite(middle) ? `${fixed(middle)} decades` : odd(middle)} at the lowest layer${finite(accuracy) ? `, accuracy ${percent(accuracy)}` : ""}">
       <span class="verdict ${verdictClass(word)}" style="font-size:12px">${glyph(word)}<span class="wide"> ${word}${of}</span></span>${picked.length ? html`<span class="key">${picked.map((k) => LETTERS[k])}</span>` : ""}
-      ${miniature(told, width, 46, low, limit)}<span class="ends"><span>${finite(middle) ? power(middle) : odd(middle)}</span><span class="faint wide">${finite(accuracy) ? percent(accuracy) : ""}</span></span>${flat ? html`<span class="faint">${name(label)}</span>` : ""}</button>`;
+      ${miniature(told, width, 46, low, limit)}<span class="ends"><span>${finite(middle) ? power(middle) : odd(middle)}</span><span class="faint wide">${finite(accuracy) ? percent(accuracy) : ""}</span></span>${flat ? html`<span class="faint">${title(label)}</span>` : ""}</button>`;
   };
   draw(host, html`${flat ? "" : html`<span class="h corner"></span>${across.map((c) => html`<span class="h">${column ? `${short(column)} ${c}` : ""}</span>`)}`}
     ${flat ? groups.slice(0, 60).map(cell) : rows.map((r, k) => html`<span class="h row">${short(row)} ${String(r)}</span>${groups.slice(k * across.length, (k + 1) * across.length).map(cell)}`)}`);
@@ -105,7 +108,7 @@ function overlay(host, app, limit) {
       const points = decades[k].map((d, at, all) => (finite(d) ? [x(d), y(all.length - 1 - at)] : null)).filter(Boolean);
       return points.length ? html`<path class="${verdictClass(run.verdict)}" d="M${points.map((p) => p.map((v) => v.toFixed(1)).join(" ")).join("L")}" fill="none" stroke="currentColor" stroke-width="1.8" stroke-dasharray="${DASHES[k]}"/><circle class="${verdictClass(run.verdict)}" cx="${points[0][0]}" cy="${points[0][1]}" r="8" fill="var(--page)" stroke="currentColor"/><text class="tiny" x="${points[0][0]}" y="${points[0][1] + 4}" text-anchor="middle" font-weight="600">${LETTERS[k]}</text>` : "";
     })}</svg>
-    ${chosen.map((run, k) => html`<div class="chosen"><b>${LETTERS[k]}</b><span>${name(run.id)}</span><span class="verdict ${verdictClass(run.verdict)}">${glyph(run.verdict)}</span><span>${power(lowest(run))}</span><button type="button" class="tool" data-drop="${k}" aria-label="remove ${LETTERS[k]}">×</button></div>`)}
+    ${chosen.map((run, k) => html`<div class="chosen"><b>${LETTERS[k]}</b><span>${title(run.id)}</span><span class="verdict ${verdictClass(run.verdict)}">${glyph(run.verdict)}</span><span>${power(lowest(run))}</span><button type="button" class="tool" data-drop="${k}" aria-label="remove ${LETTERS[k]}">×</button></div>`)}
     ${chosen.length ? "" : html`<p class="note">Nothing chosen yet.</p>`}`);
   for (const button of $$("[data-drop]", host)) button.onclick = () => pick(app, [app.state.picked[Number(button.dataset.drop)]]);
 }
@@ -115,7 +118,7 @@ function table(host, app, names) {
   const columns = [
     ...names.map((key) => [key, short(key), (run) => run.config[key], text]), ["verdict", "verdict", (run) => run.verdict, verdict],
     ["first", "lowest layer, first", (run) => lowest(run, "first"), power], ["expected", "theory", (run) => number(run.expected?.[0]), (v) => (v === null ? "–" : power(v))], ["last", "last", (run) => lowest(run), power],
-    ["loss", "loss", (run) => number(run.loss), (v) => (v === null ? "–" : plainNumber(v))], ["accuracy", "accuracy", (run) => number(run.accuracy), (v) => (v === null ? "–" : percent(v))], ["id", "run", (run) => run.id, name],
+    ["loss", "loss", (run) => number(run.loss), (v) => (v === null ? "–" : plainNumber(v))], ["accuracy", "accuracy", (run) => number(run.accuracy), (v) => (v === null ? "–" : percent(v))], ["id", "run", (run) => run.id, title],
   ];
   const [key, direction] = columns.some(([k]) => k === state.sort[0]) ? state.sort : [columns[0][0], 1], by = columns.find(([k]) => k === key)[2];
   const sorted = [...app.runs].sort((a, b) => direction * ((by(a) === null) - (by(b) === null) || inOrder(by(a), by(b))) || inOrder(a.id, b.id));

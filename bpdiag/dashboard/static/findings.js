@@ -7,7 +7,11 @@ const HARM = { non_finite: "not finite", exploding: "blows up" };
 const wordOf = (finding) => (finding.severity !== "harm" ? "weakened" : HARM[finding.kind] ?? (finding.onset_step > 0 ? "dies later" : "dies"));
 const short = (key) => key.replace(/#0$/, "");
 const spelled = (key) => key.replaceAll("_", " ");
-const SWITCHES = ["sgd_like", "planned_steps_given", "step"]; // how it was judged, no measurement
+const SWITCHES = ["sgd_like", "planned_steps_given", "planned_steps", "step"]; // how it was judged, no measurement
+const COMPARED = {
+  gain_per_layer: () => "1 keeps the gradient", forward_gain: () => "1 keeps the signal", travel: () => "under 0.1 hardly learns",
+  loss: (run) => (run.guessing ? `guessing is ${fixed(run.guessing, 2)}` : ""), reach: () => "over 1 overwrites the layer",
+};
 
 function evidenceValue(key, value) {
   const x = number(value);
@@ -17,25 +21,25 @@ function evidenceValue(key, value) {
   return key === "decades" || key === "limit" ? html`${power(x)} <span class="soft">of the output's</span>` : plainNumber(x);
 }
 
-function evidence(finding) {
-  const told = finding.evidence, owners = ["weights", "slopes", "alignment", "other"].filter((o) => `decades_${o}` in told);
+function evidence(finding, run) {
+  const told = finding.evidence, owners = ["weights", "slopes", "alignment", "other"].filter((o) => `decades_${o}` in told), taken = owners.filter((o) => Math.abs(number(told[`share_${o}`]) ?? 0) >= 0.005);
   const rows = Object.keys(told).filter((key) => !SWITCHES.includes(key) && !owners.some((o) => key.endsWith(`_${o}`)));
   const limit = number(told.limit);
-  const beside = (key) => (key === "decades" && finite(limit) ? html`limit ${power(limit)}` : "");
+  const beside = (key) => (key === "decades" && finite(limit) ? html`limit ${power(limit)}` : (COMPARED[key]?.(run) ?? ""));
   return html`<table><thead><tr><th>measured</th><th>value</th><th class="wide">compare</th></tr></thead><tbody>
     ${rows.filter((key) => key !== "limit" || !("decades" in told)).map((key) => html`<tr><td>${spelled(key)}</td><td>${evidenceValue(key, told[key])}</td><td class="soft wide">${beside(key)}</td></tr>`)}
-    ${owners.map((o) => html`<tr><td>taken by ${o}</td><td>${fixed(number(told[`decades_${o}`]) ?? 0, 2)} <span class="soft">decades</span></td><td class="soft wide">${percent(number(told[`share_${o}`]))} of it</td></tr>`)}
+    ${taken.map((o) => html`<tr><td>taken by ${o}</td><td>${fixed(number(told[`decades_${o}`]) ?? 0, 2)} <span class="soft">decades</span></td><td class="soft wide">${percent(number(told[`share_${o}`]))} of it</td></tr>`)}
     </tbody></table>`;
 }
 
 function one(finding, k, run) {
   const names = finding.layers.map(short), span = names.length > 3 ? `${names[0]} to ${names.at(-1)} (${names.length} layers)` : names.join(", ");
-  return html`<article class="finding ${finding.severity} ${verdictClass(wordOf(finding))}"><h2>${glyph(wordOf(finding))} ${sentence(finding.sentence)}</h2>
+  return html`<article class="finding ${finding.severity} ${verdictClass(wordOf(finding))}">${finding.sentence === run.sentence ? "" : html`<h2>${glyph(wordOf(finding))} ${sentence(finding.sentence)}</h2>`}
     <p><b>${spelled(finding.kind)} by ${finding.cause}</b> <span class="soft">(${finding.severity === "harm" ? "harm" : "a warning"}), from step ${finding.onset_step}${span ? html`, <bdi>${span}</bdi>` : ""}</span>
     <button type="button" class="link" data-finding="${k}">Show it in the map</button></p>
     <p class="lead">${sentence(finding.why)}</p>
     ${finding.remedy ? html`<p class="lead"><b>Remedy:</b> ${sentence(finding.remedy)}. ${finding.expected ? html`<span class="soft">Expected: ${sentence(finding.expected)}.</span>` : ""}</p>` : ""}
-    ${evidence(finding)}</article>`;
+    ${evidence(finding, run)}</article>`;
 }
 
 export function findings(root, app) {
@@ -60,19 +64,19 @@ export function findings(root, app) {
 
 /** The gradient that reaches each layer at one step, output on top: one bar a layer. */
 function strip(host, run, i) {
-  const n = run.layers.length, W = Math.min(host.clientWidth || 292, 420), side = labels(run, true), x0 = side.width, x1 = W - 50;
+  const n = run.layers.length, W = Math.min(host.clientWidth || 292, 420), side = labels(run, 12), x0 = side.width, x1 = W - 50;
   const rowHeight = Math.max(3, Math.min(15.5, Math.round(520 / n))), d = run.layers.map((_, l) => run.at("decades", i, l)), there = d.filter(finite);
   const low = Math.floor(Math.min(run.limit - 0.4, ...there)), high = Math.max(0.5, ...there), x = (v) => x0 + ((x1 - x0) * (v - low)) / (high - low);
   const y = (l) => 24 + (n - 1 - l) * rowHeight, bottom = y(0) + rowHeight, skip = everyLabel(rowHeight), left = x(run.limit) - x0 > 150;
   const spoken = d.map((v, l) => `${run.layers[l].name} ${finite(v) ? fixed(v) : odd(v)}`).join(", ");
   draw(host, html`<svg width="${W}" height="${bottom + 36}" role="img" aria-label="Gradient per layer at step ${run.steps[i]}, in decades: ${spoken}">${patterns()}
-    <text class="f" x="${x0}" y="12">gradient that reaches each layer, step ${run.steps[i]}</text>
+    <text class="f" x="${x1 + 44}" y="12" text-anchor="end">gradient that reaches each layer, step ${run.steps[i]}</text>
     ${d.map((v, l) => html`${(n - 1 - l) % skip === 0 ? html`<text class="f tiny" x="${x0 - 9}" y="${y(l) + rowHeight / 2 + 4}" text-anchor="end">${side.text(l)}</text>` : ""}
       ${finite(v) ? html`<rect x="${Math.min(x(v), x(0))}" y="${y(l) + 1}" width="${Math.max(1, Math.abs(x(v) - x(0)))}" height="${rowHeight - 2}" fill="${v < run.limit ? "var(--dies)" : v > -run.limit ? "var(--blows)" : "var(--other)"}" opacity="${Math.abs(v) > -run.limit ? 1 : 0.75}"/>` : html`<rect x="${x0}" y="${y(l) + 1}" width="${x(0) - x0}" height="${rowHeight - 2}" fill="${patternOf(v)}"/>`}
       ${finite(v) && (l === 0 || l === n - 1 || l === n >> 1) ? html`<text x="${x1 + 8}" y="${y(l) + rowHeight / 2 + 4}" font-weight="${l ? 400 : 600}">${powerSvg(v)}</text>` : ""}`)}
     <line x1="${x(0)}" x2="${x(0)}" y1="22" y2="${bottom}" stroke="var(--soft)"/><line x1="${x(run.limit)}" x2="${x(run.limit)}" y1="20" y2="${bottom + 4}" stroke="var(--ink)" stroke-dasharray="3 2"/>
     <text class="s" x="${x(run.limit)}" y="${bottom + 16}" text-anchor="${left ? "end" : "start"}">${left ? `cannot learn in ${run.planned} steps ◂` : `◂ limit 1/${run.planned}`}</text>
-    <text class="f tiny" x="${x0}" y="${bottom + 31}">input side at the bottom; decades (powers of ten)</text></svg>`);
+    <text class="f tiny" x="${x1 + 44}" y="${bottom + 31}" text-anchor="end">input side at the bottom; powers of ten</text></svg>`);
   return $("svg", host);
 }
 

@@ -2,7 +2,7 @@
 
 import { diverging, ramp, special } from "./color.js";
 import { factor, finite, html, odd, percent, power, powerSvg } from "./format.js";
-import { $, arrow, draw, everyLabel, header, labels, name, patterns, segments, timeBar } from "./parts.js";
+import { $, arrow, draw, everyLabel, header, labels, name, patterns, ROOMY, segments, timeBar } from "./parts.js";
 
 const fraction = (log) => factor(log, powerSvg);
 const times = (log) => (finite(log) ? html`× ${factor(log, powerSvg)}` : odd(log));
@@ -125,7 +125,7 @@ export function map(root, app) {
   const { run, state } = app, n = run.layers.length, count = run.steps.length, shown = SHOWN[state.show];
   draw(root, html`${header(run, true)}<div class="bar">${segments("show", Object.entries(SHOWN).map(([key, { label }]) => [key, label]), state.show, "What the color shows")}</div>
     <div class="time"></div><div class="grid" tabindex="0" role="application" aria-label="Map of ${n} layers by ${count} steps; arrow keys choose, Enter opens the chain"><canvas></canvas><svg class="over"></svg></div>${legend(run, shown)}<div class="read"></div>`);
-  const host = $(".grid", root), W = host.clientWidth, narrow = W < 560, side = labels(run, narrow), right = narrow ? 2 : 90;
+  const host = $(".grid", root), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 9) : labels(run, 20, ROOMY), right = narrow ? 2 : 90;
   const x0 = side.width, x1 = W - right, rowHeight = Math.max(4, Math.min(narrow ? 17 : 20, Math.round(640 / n))), height = n * rowHeight, bw = (x1 - x0) / count;
   const canvas = $("canvas", host), over = $("svg.over", host);
   host.style.height = `${height + 26}px`;
@@ -138,7 +138,7 @@ export function map(root, app) {
   draw(over, html`${patterns()}${run.layers.map((_, l) => named(l) && (l === 0 || l === n - 1 || skip === 1 || rowY(0) - rowY(l) > 12)
       ? html`<text class="f tiny" x="${x0 - 8}" y="${rowY(l) + rowHeight / 2 + 4}" text-anchor="end">${side.text(l)}</text>` : "")}
     ${ticks.map((i) => html`<path d="M${x0 + (i + 0.5) * bw} ${height}v5" stroke="var(--faint)"/><text class="f" x="${x0 + (i + 0.5) * bw}" y="${height + 18}" text-anchor="middle">${run.steps[i]}</text>`)}
-    <g class="values"></g><g class="cursor"></g>`);
+    <text class="f" x="${x1}" y="${height + 18}" text-anchor="end">${narrow ? "" : "training step"}</text><g class="values"></g><g class="cursor"></g>`);
   const values = $(".values", over), cursor = $(".cursor", over), read = $(".read", root);
   const move = timeBar($(".time", root), run, state, x0, x1, () => update());
 
@@ -181,5 +181,5 @@ function timeTicks(run, most) {
   const last = run.steps.at(-1) - run.steps[0], unit = 10 ** Math.floor(Math.log10(Math.max(1, last / most)));
   const size = [1, 2, 5, 10].map((k) => k * unit).find((s) => last / s <= most) ?? last;
   const wanted = Array.from({ length: Math.floor(last / size) + 1 }, (_, k) => (Math.ceil(run.steps[0] / size) + k) * size);
-  return [...new Set(wanted.map((step) => run.column(step)))];
+  return [...new Set(wanted.map((step) => run.column(step)))].filter((i) => i < run.steps.length * 0.9 || run.steps.length < 3);
 }

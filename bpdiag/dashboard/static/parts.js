@@ -13,6 +13,10 @@ export const verdictClass = (word) => `v-${String(word).replace(/[^a-z]+/g, "-")
 export const verdict = (word) => html`<span class="verdict ${verdictClass(word)}">${glyph(word)} ${word}</span>`;
 export const name = (text) => html`<bdi>${text}</bdi>`;
 
+/** What a run is called in a list: the last part of its path, broken where a reader would. */
+export const title = (id) => html`<bdi>${id.slice(id.lastIndexOf("/") + 1).split(/(?<=[,_])/).map((part) => html`${part}<wbr>`)}</bdi>`;
+export const folder = (id) => id.slice(0, Math.max(0, id.lastIndexOf("/")));
+
 const NO_NUMBERS = { "-32768": null, "-32767": NaN, "-32766": -Infinity, 32767: Infinity };
 
 function unpacked(block) {
@@ -65,7 +69,7 @@ export function settings(config) {
 export function header(run, small) {
   const told = [settings(run.config) || run.model, `${run.layers.length} layers`, `${run.planned} steps planned`];
   if (run.spans.length) told.push(`${run.sampled} measured, drawn in ${run.steps.length} columns, none skipped`);
-  return html`<div class="kicker"><b>${name(run.id)}</b>${verdict(run.verdict)}<span>${told.filter(Boolean).join(", ")}</span></div>
+  return html`<div class="kicker"><b>${title(run.id)}</b>${verdict(run.verdict)}<span>${told.filter(Boolean).join(", ")}</span></div>
     <h1 class="${small ? "small" : ""}">${sentence(run.sentence)}</h1>`;
 }
 
@@ -77,15 +81,16 @@ export const choice = (key, options, value, label) =>
   html`<label>${label} <select data-set="${key}">${options.map(([k, text]) =>
     html`<option value="${k}" ${String(k) === String(value) ? html`selected` : ""}>${text}</option>`)}</select></label>`;
 
-/** Room for layer names left of a chart, and the names that fit it. */
-export function labels(run, narrow) {
-  const longest = Math.max(...run.layers.map((layer) => visible(layer.name).length), 6);
-  const room = narrow ? Math.min(longest, 7) : Math.min(longest, 20);
-  return { width: Math.round(room * 6.3) + 14, text: (l) => ending(run.layers[l].name, room) };
+/** Room for layer names left of a chart, at most ``most`` letters, and the names that fit it. */
+export function labels(run, most, least = 0) {
+  const room = Math.min(most, Math.max(...run.layers.map((layer) => visible(layer.name).length)));
+  return { width: Math.max(least, Math.round(room * 6.3) + 14), text: (l) => ending(run.layers[l].name, room) };
 }
 
 /** Every how many rows a label fits. */
 export const everyLabel = (rowHeight) => Math.max(1, Math.ceil(13 / rowHeight));
+
+export const ROOMY = 96; // px left of a chart that hold "guessing 2.30"
 
 /** The loss curve, which is the step slider too; from x0 to x1 it lines up with the columns of the map below. */
 export function timeBar(host, run, state, x0, x1, moved) {
@@ -110,12 +115,12 @@ export function timeBar(host, run, state, x0, x1, moved) {
     }
   });
   const bad = steps.findIndex((_, k) => !finite(last[k]) || !finite(first[k]));
-  const left = x0 - 8, wide = x0 > 90;
+  const left = x0 - 8, wide = x0 >= ROOMY;
   draw(host, html`<svg width="${x1 + 2}" height="62" aria-hidden="true">
     <line x1="${x0}" x2="${x1}" y1="${bottom}" y2="${bottom}" stroke="var(--rule)"/>
     ${guessing && guessing <= ceiling ? html`<line x1="${x0}" x2="${x1}" y1="${y(guessing)}" y2="${y(guessing)}" stroke="var(--rule)" stroke-dasharray="1 3"/>
     <text class="f" x="${left}" y="${y(guessing) + 4}" text-anchor="end">${wide ? "guessing " : ""}${fixed(guessing, 2)}</text>` : ""}
-    <text class="f" x="${left}" y="${bottom + 1}" text-anchor="end">${there.length ? (wide ? "loss 0" : "0") : "no loss told"}</text>
+    <text class="f" x="${left}" y="${bottom + 4}" text-anchor="end">${there.length ? (wide ? "loss 0" : "0") : "no loss told"}</text>
     <path d="${path}" fill="none" stroke="var(--soft)" stroke-width="1.1"/>
     ${bad >= 0 ? html`<text x="${Math.min(position(steps[bad]) + 6, x1 - 170)}" y="${top - 6}" style="fill:var(--nonfinite)">loss not finite from step ${steps[bad]}</text>`
     : most > ceiling ? html`<text class="f" x="${x1}" y="${top - 8}" text-anchor="end">loss up to ${plainNumber(most)}, cut off here</text>` : ""}

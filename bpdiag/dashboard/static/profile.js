@@ -2,7 +2,7 @@
 
 import { factor, finite, fixed, html, percent, power, powerSvg } from "./format.js";
 import { reading } from "./map.js";
-import { $, arrow, draw, everyLabel, header, labels, patternOf, patterns, timeBar } from "./parts.js";
+import { $, arrow, draw, everyLabel, header, labels, patternOf, patterns, ROOMY, timeBar } from "./parts.js";
 
 /** Owners of the ledger: color variable; what they are called. */
 export const OWNERS = { weights: ["--weights", "size of the weights"], slopes: ["--slopes", "slopes of the activation"], alignment: ["--alignment", "alignment"], other: ["--other", "norms, pools, the rest"] };
@@ -45,9 +45,9 @@ function stack(parts, x, y, height, low, high) {
 export function profile(root, app) {
   const { run, state } = app, n = run.layers.length, count = run.steps.length, theory = run.theory;
   draw(root, html`${header(run, true)}<div class="time"></div><div class="grid profile" tabindex="0" role="application" aria-label="Profile over ${n} layers; up and down choose a layer, left and right a step, Enter opens the chain"><svg class="picture"></svg></div><div class="keys"></div><div class="read"></div>`);
-  const host = $(".profile", root), svg = $("svg", host), W = host.clientWidth, narrow = W < 560, side = labels(run, narrow);
+  const host = $(".profile", root), svg = $("svg", host), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 9) : labels(run, 20, ROOMY);
   const rowHeight = Math.max(5, Math.min(narrow ? 20 : 21, Math.round(700 / n))), top = 78, height = top + n * rowHeight, x0 = side.width;
-  const xa = x0 + (W - x0) * (narrow ? 0.5 : 0.42), xb = xa + (narrow ? 22 : 46), xc = narrow ? W - 6 : xb + (W - x0) * 0.27, columns = [xc + 58, xc + 112, xc + 162, W - 4];
+  const xa = x0 + (W - x0) * (narrow ? 0.5 : 0.41), xb = xa + (narrow ? 22 : 46), xc = narrow ? W - 6 : xb + (W - x0) * 0.26, columns = [xc + 62, xc + 128, xc + 170, W - 4];
   const y = (l) => top + (n - 1 - l) * rowHeight + rowHeight / 2, skip = everyLabel(rowHeight);
   // one scale for all steps: what moves between them is the net
   const all = [...run.series.decades.filter(finite), ...(theory ? theory.decades : [])];
@@ -65,10 +65,10 @@ export function profile(root, app) {
     ${theory ? html`<path d="M${[...band(1), ...band(-1).reverse()].join("L")}Z" fill="var(--band)"/><path d="M${theory.decades.map((d, l) => `${x(d).toFixed(1)} ${y(l).toFixed(1)}`).join("L")}" fill="none" stroke="var(--theory)" stroke-width="1.2" stroke-dasharray="4 3"/>` : ""}
     <line x1="${x(run.limit)}" x2="${x(run.limit)}" y1="${top - 8}" y2="${height}" stroke="var(--ink)"/>
     ${x(run.limit) - x0 > 180 ? html`<text class="s" x="${x(run.limit) - 5}" y="${top - 12}" text-anchor="end">cannot learn in ${run.planned} steps ◂</text>` : html`<text class="s" x="${x(run.limit) - 5}" y="${top - 12}">◂ limit 1/${run.planned}</text>`}
-    <text x="${narrow ? 0 : x0 + 6}" y="14" font-weight="600">Gradient that reaches the layer</text><text class="f" x="${narrow ? 0 : x0 + 6}" y="30">${narrow ? "share of output's" : "share of the output's, l2 norm of ∂C/∂z"}</text>
+    <text x="${narrow ? 0 : x0 + 6}" y="14" font-weight="600">${narrow ? "Gradient that arrives" : "Gradient that reaches the layer"}</text><text class="f" x="${narrow ? 0 : x0 + 6}" y="30">${narrow ? "share of output's" : "share of the output's, l2 norm of ∂C/∂z"}</text>
     <g transform="translate(${narrow ? 0 : x0 + 6} 45)"><path d="M0 0h18" stroke="var(--ink)" stroke-width="1.4"/><circle cx="9" r="3.4" fill="var(--ink)"/><text class="s" x="24" y="4">measured</text>
     ${theory ? html`<rect x="88" y="-6" width="20" height="12" fill="var(--band)"/><path d="M88 0h20" stroke="var(--theory)" stroke-dasharray="4 3"/><text class="s" x="114" y="4">${narrow ? "theory" : "theory at step 0, with its band"}</text>` : ""}</g>
-    <text x="${xb}" y="${narrow ? 62 : 14}" font-weight="600">${narrow ? "Who takes it" : "Who takes it on the way to this layer"}</text>${narrow ? "" : html`<text class="f" x="${xb}" y="30">decades per layer: left takes, right gives</text>`}
+    <text x="${xb}" y="14" font-weight="600">${narrow ? "Who takes it" : "Who takes it on the way to this layer"}</text><text class="f" x="${xb}" y="30">${narrow ? "decades per layer" : "decades per layer: left takes, right gives"}</text>
     ${steps(-takes, gives, narrow ? 2 : 4).map((v) => html`<line x1="${g(v)}" x2="${g(v)}" y1="${top}" y2="${height}" stroke="var(--hair)"/><text class="f" x="${g(v)}" y="${height + 16}" text-anchor="middle">${fixed(v, takes + gives < 1 ? 2 : 1)}</text>`)}
     ${narrow ? "" : ["passes on", "saturated", "dead", "update"].map((t, k) => html`<text class="f" x="${columns[k]}" y="${top - 10}" text-anchor="end">${t}</text>`)}
     ${run.layers.map((_, l) => ((n - 1 - l) % skip === 0 ? html`<text class="f tiny" x="${x0 - 8}" y="${y(l) + 4}" text-anchor="end">${side.text(l)}</text>` : ""))}
