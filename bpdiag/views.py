@@ -3,8 +3,8 @@
 ``overview`` reads summary.json and no trace, so that a thousand runs are told at once; ``detail`` lays one trace out:
 
     series[name]    C sampled steps x L weight layers, layer 1 (input side) first; log10 where ``SERIES`` says so
-    peaks[name]     the same of what a map draws, where C < S: of each span the number farthest from 1 (of a share, the
-                    largest), so that nothing that happened between two columns is skipped
+    peaks[name]     the same of what a map draws, where C < S: of each span the number farthest from 1 (of a share
+                    or an update the largest), so that nothing that happened between two columns is skipped
 
 S sampled steps are drawn in C columns; a column's ``series`` are those of one step of its span, the one in which the
 gradient of the first layer that has one was farthest from the output's, so that the factors of a step still multiply.
@@ -53,7 +53,11 @@ SERIES: dict[str, tuple[str, bool, str]] = {
     "g_z_norm": ("g_z_norm", True, "own"),
 }
 OWNERS = ("weights", "slopes", "alignment", "other")  # of the ledger: decades of the step above a layer
-MAPPED = ("decades", "gain", "weight_factor", "slope_factor", "saturated", "dead", "update_ratio", "z_rms")
+# what a map draws, and which of a span's numbers
+MAPPED = {
+    **dict.fromkeys(("decades", "gain", "weight_factor", "slope_factor", "z_rms"), "farthest"),
+    **dict.fromkeys(("saturated", "dead", "update_ratio"), "largest"),
+}
 
 
 def find(folder: Path) -> list[Path]:
@@ -151,7 +155,7 @@ def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
     series = {key: (values[chosen], there[chosen]) for key, (values, there) in whole.items()}
     series["entering"] = _entering(trace, lines, chosen)
     exact = len(chosen) == len(trace.sampled_steps)
-    peaks = {} if exact else {key: _peak(*whole[key], starts) for key in MAPPED}
+    peaks = {} if exact else {key: _peak(*whole[key], starts, way) for key, way in MAPPED.items()}
     meta, steps = trace.meta, trace.sampled_steps
     summary = diagnosis.summarize(trace, [_finding(f) for f in told["findings"]])
     return plain(
@@ -164,9 +168,7 @@ def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
             "layers": [_layer(trace, i, lines) for i in lines],
             "steps": steps[chosen].tolist(),
             "sampled": len(steps),
-            "spans": []
-            if exact
-            else [[int(steps[a]), int(steps[b - 1]), int(b - a)] for a, b in _spans(starts, steps)],
+            "spans": [] if exact else _told_spans(starts, steps),
             "curve": _curve(*trace.losses),
             "guessing": _guessing(trace, lines),
             "series": {key: packed(*block) for key, block in series.items()},
@@ -233,8 +235,14 @@ def _starts(sampled: int, columns: int) -> np.ndarray:
     return np.arange(count) * sampled // max(count, 1)
 
 
-def _spans(starts: np.ndarray, steps: np.ndarray) -> list[tuple[int, int]]:
-    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(steps)], strict=True))
+def _spans(starts: np.ndarray, sampled: int) -> list[tuple[int, int]]:
+    """(from, to) of each column's span, the end left out."""
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), sampled], strict=True))
+
+
+def _told_spans(starts: np.ndarray, steps: np.ndarray) -> list[list[int]]:
+    """[first step, last step, how many] of each span."""
+    return [[int(steps[a]), int(steps[b - 1]), b - a] for a, b in _spans(starts, len(steps))]
 
 
 def _told_spans(starts: np.ndarray, steps: np.ndarray) -> list[list[int]]:
@@ -250,21 +258,22 @@ def _chosen(decades: tuple[np.ndarray, np.ndarray], starts: np.ndarray) -> np.nd
         return starts
     lowest = np.abs(values[:, reached[0]])
     lowest = np.where(np.isfinite(lowest), lowest, -1.0)
-    ends = [*starts[1:].tolist(), len(values)]
-    return np.array([a + int(lowest[a:b].argmax()) for a, b in zip(starts.tolist(), ends, strict=True)])
+    return np.array([a + int(lowest[a:b].argmax()) for a, b in _spans(starts, len(values))])
 
 
-def _peak(values: np.ndarray, there: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(C, L) of each span the number of largest modulus: what is not finite before all, what is missing last.
+def _peak(
+    values: np.ndarray, there: np.ndarray, starts: np.ndarray, way: str = "farthest"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(C, L) of each span the number farthest from 0, or the largest: a nan before all, what is missing last.
 
     Example:
         >>> values = np.array([[1.0, 0.0], [-3.0, np.nan], [2.0, 5.0]])
         >>> _peak(values, np.array([[True, False], [True, True], [True, True]]), np.array([0, 2]))[0].tolist()
         [[-3.0, nan], [2.0, 5.0]]
     """
-    size = np.where(there, np.nan_to_num(np.abs(values), nan=np.inf, posinf=np.inf), -1.0)
-    ends = [*starts[1:].tolist(), len(values)]
-    at = np.array([a + size[a:b].argmax(0) for a, b in zip(starts.tolist(), ends, strict=True)])
+    size = np.where(np.isnan(values), np.inf, np.abs(values) if way == "farthest" else values)
+    size = np.where(there, size, -np.inf)
+    at = np.array([a + size[a:b].argmax(0) for a, b in _spans(starts, len(values))])
     return np.take_along_axis(values, at, 0), np.take_along_axis(there, at, 0)
 
 

@@ -91,7 +91,7 @@ def test_a_columns_factors_are_of_one_step(tmp_path):
 @pytest.mark.parametrize(("sampled", "columns"), [(1, 240), (239, 240), (240, 240), (241, 240), (10_000, 240), (7, 1)])
 def test_the_spans_hold_every_step_once(sampled, columns):
     starts = views._starts(sampled, columns)
-    spans = views._spans(starts, np.arange(sampled))
+    spans = views._spans(starts, sampled)
     assert len(spans) == min(sampled, columns)
     assert [a for a, _ in spans[1:]] == [b for _, b in spans[:-1]]
     assert all(a < b for a, b in spans)
