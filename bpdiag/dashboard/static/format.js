@@ -28,7 +28,7 @@ export const visible = (s) => String(s).replace(INVISIBLE, (c) => `\\u${c.charCo
 function inserted(value) {
   if (value instanceof Markup) return value.text;
   if (Array.isArray(value)) return value.map(inserted).join("");
-  if (value === null || value === undefined || value === false) return "";
+  if (value === null || value === undefined) return "";
   return visible(value).replace(/[&<>"']/g, (c) => ESCAPES[c]);
 }
 

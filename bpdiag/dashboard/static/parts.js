@@ -190,6 +190,6 @@ export function asSvg(svg, canvas) {
   const ground = `<rect x="-6" y="-6" width="100%" height="100%" fill="${value("--page")}"/>`;
   copy.innerHTML = `<style>${rules}</style>${ground}${image}${copy.innerHTML}`;
   for (const element of copy.querySelectorAll("[class^=v-]")) element.setAttribute("color", value(`--${COLOR_OF[element.getAttribute("class").split(" ")[0]] ?? "lives"}`));
-  return new XMLSerializer().serializeToString(copy).replace(/var\((--[\w-]+)\)/g, (_, variable) => value(variable));
+  return new XMLSerializer().serializeToString(copy).replace(/var\((--[\w-]+)\)/g, (_, variable) => value(variable).replace(/"/g, "'"));
 }
 const COLOR_OF = { "v-dies": "dies", "v-dies-later": "dies", "v-weakened": "weak", "v-blows-up": "blows", "v-not-finite": "nonfinite" };
