@@ -354,16 +354,20 @@ def _gaps(trace: Trace, lines: list[int]) -> list[list[Any]]:
 
 def _provenance(run: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """Where the numbers come from: versions, optimizer, machine, and the command where a run of ours has kept it."""
-    try:
-        lines = (run / ".hydra" / "overrides.yaml").read_text().splitlines()
-    except OSError:
-        lines = []
-    asked = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     return {
         "folder": str(run),
-        "command": " ".join(["bpdiag", *asked]) if meta.get("config") else "",
+        "command": _command(run),
         "versions": meta.get("versions", {}),
         "machine": meta.get("machine", ""),
         "optimizer": meta.get("optimizer", {}),
         "every": meta.get("every"),
     }
+
+
+def _command(run: Path) -> str:
+    """What was typed, as Hydra keeps it: one override a line; empty where it was not Hydra that ran."""
+    try:
+        lines = (run / ".hydra" / "overrides.yaml").read_text().splitlines()
+    except OSError:
+        return ""
+    return " ".join(["bpdiag", *(line.removeprefix("- ") for line in lines if line.startswith("- "))])

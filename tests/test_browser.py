@@ -25,6 +25,8 @@ from bpdiag import report
 from bpdiag.config import Config, ModelConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from bpdiag.training import train
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
 REQUIRED = os.environ.get("BPDIAG_BROWSER") == "required"
 VIEWS = ("findings", "map", "profile", "chain", "compare")
 TENSORBOARD = """
@@ -44,7 +46,7 @@ def _missing() -> str:
         import selenium  # noqa: F401
     except ImportError:
         return "selenium is not installed"
-    lacking = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    lacking = [name for name, path in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if path is None]
     return f"no {' and no '.join(lacking)} on this machine (Debian: apt-get install chromium-driver)" if lacking else ""
 
 
@@ -64,13 +66,13 @@ class Browser:
         from selenium.webdriver.chrome.service import Service
 
         options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium")
+        options.binary_location = CHROMIUM
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         for word in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars"):
             options.add_argument(f"--{word}")
         for word in ("background-networking", "component-update", "sync", "dev-shm-usage"):
             options.add_argument(f"--disable-{word}")
-        self.driver = webdriver.Chrome(service=Service(shutil.which("chromedriver")), options=options)
+        self.driver = webdriver.Chrome(service=Service(DRIVER), options=options)
         self.driver.execute_cdp_cmd(
             "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}
         )
@@ -234,7 +236,7 @@ def keep(browser, name):
         from PIL import Image
 
         browser.driver.save_screenshot(str(path))
-        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+        Image.open(path).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # ---- the page -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import zlib
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from run_folders import HOSTILE, renamed, sick, write_run
 from test_diagnosis import net
 
@@ -107,3 +108,35 @@ def test_the_modules_as_one_script_do_what_they_do_apart(tmp_path):
         for name in ("page.mjs", "tab.mjs")
     )
     assert page == tab == "0.0|10<sup>−16.3</sup>|<b>&lt;i&gt;</b>\n"
+
+
+@pytest.fixture
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    GlobalHydra.instance().clear()
+
+
+SWEEP = ["-m", "model.activation=relu,tanh", "training.steps=2", "model.width=8", "hydra.sweep.dir=sweep"]
+
+
+@pytest.mark.usefixtures("_empty_folder")
+def test_a_sweep_ends_with_its_page(capsys):
+    assert main(SWEEP) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"open it +sweep/report\.html", last)
+    told = data((report.Path("sweep") / "report.html").read_text())
+    assert [run["id"] for run in told["runs"]] == ["activation=relu", "activation=tanh"]
+    assert told["details"]["activation=relu"]["provenance"]["command"].startswith("bpdiag model.activation=relu")
+
+
+@pytest.mark.usefixtures("_empty_folder")
+def test_a_page_that_goes_wrong_costs_no_result(capsys, monkeypatch):
+    def broken(runs, out):
+        raise ValueError("no page today")
+
+    monkeypatch.setattr(report, "write_html", broken)
+    assert main(SWEEP) == 0
+    told = capsys.readouterr()
+    assert "no report.html: no page today" in told.err
+    assert "2 of 2 jobs" in told.out

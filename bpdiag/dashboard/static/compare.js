@@ -10,13 +10,15 @@ const TIDY = { "model.weight_variance": "weights", "model.bias_variance": "bias"
 
 const USUAL = ["model.activation", "model.depth", "model.weight_variance"]; // the order one looks in
 
+const ASIDE = /^(watch|remedy|checkpoint)\./; // how a run was looked at, not what it was
+
 const short = (key) => TIDY[key] ?? key.split(".").at(-1);
 const lowest = (run, when = "last") => { const d = run[when]?.decades; return d?.length ? number(d[0]) : null; };
 const inOrder = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
 
 /** Keys of the settings that differ between runs, with their values. */
 export function swept(runs) {
-  const keys = [...new Set(runs.flatMap((run) => Object.keys(run.config)))];
+  const keys = [...new Set(runs.flatMap((run) => Object.keys(run.config)))].filter((key) => !ASIDE.test(key));
   const values = keys.map((key) => [key, [...new Set(runs.map((run) => run.config[key]))].filter((v) => v !== undefined).sort(inOrder)]);
   const usual = ([key]) => (USUAL.includes(key) ? USUAL.indexOf(key) : USUAL.length);
   return new Map(values.filter(([, told]) => told.length > 1).sort((a, b) => usual(a) - usual(b) || b[1].length - a[1].length || a[0].localeCompare(b[0])));
