@@ -190,8 +190,12 @@ class Trace:
         return trace
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Trace:
+    def load(cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Trace:
         """The trace of a run folder (or of the ``trace`` folder in it).
+
+        Args:
+            folder: where the run lies.
+            columns: those of COLUMNS to read, the others are null; None: all.
 
         Raises:
             TraceError: There is no trace, or a file of it cannot be read.
@@ -208,8 +212,11 @@ class Trace:
         try:
             # the layer table last: a run still going on only adds to it
             rows, steps = (
-                _concat(schema, [pq.read_table(path) for path in sorted(here.glob(f"{kind}-*.parquet"))])
-                for kind, schema in (("part", _ROWS), ("steps", _STEPS))
+                _concat(schema, [_read_part(path, wanted) for path in sorted(here.glob(f"{kind}-*.parquet"))])
+                for kind, schema, wanted in (
+                    ("part", _ROWS, None if columns is None else {*KEYS, *columns}),
+                    ("steps", _STEPS, None),
+                )
             )
             missing = pq.read_table(here / "missing.parquet").to_pylist() if (here / "missing.parquet").exists() else []
             gaps = [Missing(**line) for line in missing]
@@ -292,9 +299,10 @@ class Trace:
         at, rows = self.once("places", self._places)
         values = np.full((len(self.sampled_steps), len(self.layers)), np.nan)
         there = np.zeros(values.shape, bool)
-        column = self.table[name].combine_chunks().take(rows)
+        column = self.table[name].combine_chunks()
+        column = column if len(rows) == len(column) else column.take(rows)
         values[at] = column.to_numpy(zero_copy_only=False)
-        there[at] = column.is_valid().to_numpy(zero_copy_only=False)
+        there[at] = True if not column.null_count else column.is_valid().to_numpy(zero_copy_only=False)
         return values, there
 
     def _places(self) -> tuple[tuple[np.ndarray, np.ndarray], pa.Array]:
@@ -302,8 +310,15 @@ class Trace:
         first = np.flatnonzero(self.table["backward"].to_numpy() == 0)
         steps = np.searchsorted(self.sampled_steps, self.table["step"].to_numpy()[first])
         index = {(layer.name, layer.call): i for i, layer in enumerate(self.layers)}
-        names, calls = self.table["layer"].take(pa.array(first)).to_pylist(), self.table["call"].to_numpy()[first]
-        lines = np.array([index[name, int(call)] for name, call in zip(names, calls, strict=True)], int)
+        named = self.table["layer"].combine_chunks().dictionary_encode()  # a name once: rows are many, names few
+        names, calls = named.dictionary.to_pylist(), self.table["call"].to_numpy()[first]
+        called = range(int(calls.max(initial=0)) + 1)
+        line = np.array([[index.get((name, call), -1) for call in called] for name in names], int).reshape(
+            -1, len(called)
+        )
+        lines = line[named.indices.to_numpy()[first], calls]
+        if (lines < 0).any():
+            raise KeyError(f"a row of no layer of the table: row {first[lines < 0][0]}")
         return (steps, lines), pa.array(first)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
@@ -475,6 +490,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _read_part(path: Path, wanted: set[str] | None) -> pa.Table:
+    """A part's table, of the columns wanted those that it has."""
+    with pq.ParquetFile(path) as file:
+        return file.read([name for name in file.schema_arrow.names if wanted is None or name in wanted])
 
 
 def _layer(line: dict[str, Any]) -> Layer:

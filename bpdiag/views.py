@@ -52,6 +52,8 @@ SERIES: dict[str, tuple[str, bool, str]] = {
     "g_W_norm": ("g_W_norm", True, "own"),
     "g_z_norm": ("g_z_norm", True, "own"),
 }
+# what is read of a run that has been judged: also the ledger's, and whether a step was finite
+DRAWN = [*(column for column, _, _ in SERIES.values()), "W_rms", "slope_rms", "g_a_norm", "z_norm", "a_norm", "x_norm"]
 OWNERS = ("weights", "slopes", "alignment", "other")  # of the ledger: decades of the step above a layer
 # what a map draws, and which of a span's numbers
 MAPPED = {
@@ -146,8 +148,9 @@ def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
     Raises:
         TraceError: Its trace cannot be read.
     """
-    trace = Trace.load(run)
-    told = _read(run / "findings.json") or _judged(trace)
+    kept = _read(run / "findings.json")
+    trace = Trace.load(run, DRAWN if kept else None)  # to judge takes all
+    told = kept or _judged(trace)
     lines = trace.weight_layers()
     whole = {key: _series(trace, lines, *SERIES[key]) for key in SERIES} | _ledger(trace, lines)
     starts = _starts(len(trace.sampled_steps), columns)

@@ -126,8 +126,8 @@ def test_a_sweep_ends_with_its_page(capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"open it +sweep/report\.html", last)
     told = data((report.Path("sweep") / "report.html").read_text())
-    assert [run["id"] for run in told["runs"]] == ["activation=relu", "activation=tanh"]
-    assert told["details"]["activation=relu"]["provenance"]["command"].startswith("bpdiag model.activation=relu")
+    assert [run["id"] for run in told["runs"]] == [f"activation={name},steps=2,width=8" for name in ("relu", "tanh")]
+    assert told["details"][told["runs"][0]["id"]]["provenance"]["command"].startswith("bpdiag model.activation=relu")
 
 
 @pytest.mark.usefixtures("_empty_folder")

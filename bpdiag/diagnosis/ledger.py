@@ -12,7 +12,6 @@ neither shrinks nor grows a gradient.  What lies between and is no activation (a
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -161,9 +160,10 @@ def _travel(trace: Trace, lines: list[int], ratio: np.ndarray) -> np.ndarray:
     recent = np.full((WINDOW, *ratio.shape), np.nan)
     for k in range(min(WINDOW, len(ratio))):
         recent[k, k:] = ratio[: len(ratio) - k]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a layer without any update: nan
-        usual = np.nanmedian(recent, axis=0)
+    recent.sort(axis=0)  # nan, none or not yet, last
+    count = (~np.isnan(recent)).sum(0)
+    low, high = (np.take_along_axis(recent, at[None], 0)[0] for at in ((count - 1).clip(0) // 2, count // 2))
+    usual = (low + high) / 2  # of none: nan
     fan_in = np.array([trace.layers[i].fan_in or 1 for i in lines], float)
     return horizon(trace) * usual * np.sqrt(fan_in)
 
