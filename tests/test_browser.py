@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -443,6 +444,44 @@ def test_hostile_names_do_not_run(browser, page, view):
     if view in ("map", "profile"):
         assert "onerror=alert(1)" in browser.text(".read .head")  # it is there, as text
         assert "\\u202e" in browser.text(".read .head")
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """The rules of accessibility as a script: axe-core, of npm, for this test only."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed: no axe-core")
+    here = tmp_path_factory.mktemp("axe")
+    command = ["npm", "pack", "--silent", "axe-core@4.14.1"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        pytest.skip(f"npm did not give axe-core: {done.stderr.strip()[-200:]}")
+    with tarfile.open(next(here.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
+AXE = """
+const done = arguments[0], told = (v) => `${v.id}, ${v.impact}: ${v.nodes.map((n) => n.html).slice(0, 3)}`;
+axe.run().then((r) => done(r.violations.filter((v) => ["serious", "critical"].includes(v.impact)).map(told)));
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_nothing_stands_in_the_way_of_a_screen_reader(browser, page, axe, view, dark):
+    browser.open(page, view=view, run="remedied")
+    if dark:
+        browser.one("[data-theme-switch]").click()
+        browser.wait("[data-theme-switch]", lambda e: e.text == "Light")
+    browser.js(axe)
+    assert browser.driver.execute_async_script(AXE) == []
+
+
+def test_axe_can_find_something(browser, axe, tmp_path):
+    (tmp_path / "bad.html").write_text("<main><h1>x</h1><img src='data:,'><button></button></main>")
+    browser.open((tmp_path / "bad.html").as_uri())
+    browser.js(axe)
+    assert browser.driver.execute_async_script(AXE)
 
 
 def test_dark_is_dark(browser, page):

@@ -78,8 +78,8 @@ function cells(host, app, { shown, keys, row, column, low, limit }) {
     const all = told.map((run) => lowest(run)).filter(finite).sort((a, b) => a - b), middle = all.length ? all[all.length >> 1] : null, right = told.map((run) => number(run.accuracy)).filter(finite);
     const picked = told.map((run) => app.state.picked.indexOf(run.id)).filter((k) => k >= 0), accuracy = right.length ? right.reduce((a, b) => a + b) / right.length : null;
     const of = told.length > 1 ? ` ${same} of ${told.length}` : "";
-    return html`<button type="button" class="cell" data-pick="${JSON.stringify(told.slice(0, LETTERS.length).map((run) => run.id))}" aria-pressed="${picked.length > 0}" aria-label="${label}: ${word}${of}, ${finite(middle) ? `${fixed(middle)} decades` : odd(middle)} at the lowest layer${finite(accuracy) ? `, accuracy ${percent(accuracy)}` : ""}">
-      <span class="verdict ${verdictClass(word)}" style="font-size:12px">${glyph(word)}<span class="wide"> ${word}${of}</span></span>${picked.length ? html`<span class="key">${picked.map((k) => LETTERS[k])}</span>` : ""}
+    return html`<button type="button" class="cell" data-pick="${JSON.stringify(told.slice(0, LETTERS.length).map((run) => run.id))}" aria-pressed="${picked.length > 0}"><span class="hidden">${flat ? "" : `${label}: `}</span>
+      <span class="verdict ${verdictClass(word)}" style="font-size:12px">${glyph(word)}<span class="unless-narrow"> ${word}${of}</span></span>${picked.length ? html`<span class="key">${picked.map((k) => LETTERS[k])}</span>` : ""}
       ${miniature(told, width, 46, low, limit)}<span class="ends"><span>${finite(middle) ? power(middle) : odd(middle)}</span><span class="faint wide">${finite(accuracy) ? percent(accuracy) : ""}</span></span>${flat ? html`<span class="faint">${title(label)}</span>` : ""}</button>`;
   };
   draw(host, html`${flat ? "" : html`<span class="h corner"></span>${across.map((c) => html`<span class="h">${column ? `${short(column)} ${c}` : ""}</span>`)}`}
