@@ -248,11 +248,6 @@ def _told_spans(starts: np.ndarray, steps: np.ndarray) -> list[list[int]]:
     return [[int(steps[a]), int(steps[b - 1]), b - a] for a, b in _spans(starts, len(steps))]
 
 
-def _told_spans(starts: np.ndarray, steps: np.ndarray) -> list[list[int]]:
-    """[first step, last step, how many] of each span."""
-    return [[int(steps[a]), int(steps[b - 1]), b - a] for a, b in _spans(starts, len(steps))]
-
-
 def _chosen(decades: tuple[np.ndarray, np.ndarray], starts: np.ndarray) -> np.ndarray:
     """(C,) of each span the step in which the lowest layer measured was farthest from the output."""
     values, there = decades

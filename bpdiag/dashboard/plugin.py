@@ -29,6 +29,7 @@ STATIC = Path(__file__).parent / "static"
 TYPES = {".js": "text/javascript", ".css": "text/css"}
 AGAIN = 2.0  # seconds that a look at the folders holds
 KEPT = 64  # runs in detail
+Answer = Callable[[wrappers.Request], wrappers.Response]
 
 
 class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard has no types
@@ -46,7 +47,8 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
     def get_plugin_apps(self) -> Mapping[str, Callable[..., Any]]:
         """What is served, by route."""
         files = {f"/{path.name}": partial(_file, path) for path in STATIC.iterdir() if path.suffix in TYPES}
-        return {**files, "/runs": self._serve_runs, "/run": self._serve_run}
+        answers: dict[str, Answer] = {**files, "/runs": self._answer_runs, "/run": self._answer_run}
+        return {route: _application(answer) for route, answer in answers.items()}
 
     def is_active(self) -> bool:
         """Whether there is a run to show."""
@@ -98,12 +100,10 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
                 self._details.pop(next(iter(self._details)))
         return kept[1]
 
-    @wrappers.Request.application
-    def _serve_runs(self, request: wrappers.Request) -> wrappers.Response:
+    def _answer_runs(self, request: wrappers.Request) -> wrappers.Response:
         return _respond(request, json.dumps(self.overviews(), allow_nan=False), "application/json")
 
-    @wrappers.Request.application
-    def _serve_run(self, request: wrappers.Request) -> wrappers.Response:
+    def _answer_run(self, request: wrappers.Request) -> wrappers.Response:
         name = request.args.get("id", "")
         try:
             return _respond(request, self.detail(name), "application/json")
@@ -123,10 +123,13 @@ def named(run: Path, root: Path) -> str:
     return run.relative_to(root).as_posix() if run != root else root.resolve().name
 
 
-def _file(path: Path, environ: Any, start_response: Any) -> Any:
-    """A static file, by WSGI."""
-    answer = _respond(wrappers.Request(environ), path.read_text(), TYPES[path.suffix])
-    return answer(environ, start_response)
+def _application(answer: Answer) -> Callable[..., Any]:
+    """What answers a request, as WSGI has it."""
+    return lambda environ, start: answer(wrappers.Request(environ))(environ, start)
+
+
+def _file(path: Path, request: wrappers.Request) -> wrappers.Response:
+    return _respond(request, path.read_text(), TYPES[path.suffix])
 
 
 def _respond(request: wrappers.Request, content: str, kind: str, code: int = 200) -> wrappers.Response:

@@ -66,6 +66,7 @@ export async function start(host, root) {
 
   function render() {
     if (view.clientWidth < 200) return; // a hidden frame has no width: drawn when there is room
+    if (state.view !== "compare" && app.run?.id !== state.run) return; // still being read
     width = view.clientWidth;
     draw($(".tabs", root), html`${Object.entries(TITLES).map(([key, title], k) => html`<button type="button" role="tab" data-view="${key}" aria-selected="${key === state.view}" tabindex="${key === state.view ? 0 : -1}" title="key ${k + 1}">${title}</button>`)}`);
     $("[data-theme-switch]", root).textContent = theme() === "dark" ? "Light" : "Dark";

@@ -2,7 +2,7 @@
 
 import { factor, finite, fixed, html, odd, power, powerSvg, SUBSCRIPT } from "./format.js";
 import { ledger, OWNERS } from "./profile.js";
-import { $, arrow, draw, header, name, timeBar } from "./parts.js";
+import { $, arrow, choice, draw, header, name, timeBar } from "./parts.js";
 
 const fraction = (above, below) => html`<span class="frac"><i>∂${above}</i><i>∂${below}</i></span>`;
 
@@ -32,7 +32,7 @@ const explained = {
 export function chain(root, app) {
   const { run, state } = app, n = run.layers.length, l = state.layer, count = run.steps.length;
   const sub = (k) => html`${SUBSCRIPT(k + 1)}`, z = (k) => html`z${sub(k)}`;
-  draw(root, html`${header(run, true)}<div class="time"></div><div class="formula" aria-label="The product"></div>
+  draw(root, html`${header(run, true)}<div class="time"></div><div class="bar">${choice("layer", run.layers.map((layer, k) => [k, layer.name]).reverse(), l, "∂C/∂W of")}</div><div class="formula"></div>
     <p class="note">${run.layers[l].forks ? html`Above <b>${name(run.layers[wayUp(run, l).at(-1)].name)}</b> the way to the output forks: the product below ends there, and what arrives is measured, not multiplied.`
       : "Each number is a ratio of two l2 norms, so their product is exact. C is the cost. Choose a column for another layer."}</p>
     <div class="scroll"><div class="grid waterfall" tabindex="0" role="application" aria-label="Running product from the cost down to the layer; left and right choose a layer, page up and down a step"><svg class="picture"></svg></div></div>
