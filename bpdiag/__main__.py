@@ -28,6 +28,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json]
   bpdiag report RUN ... -o FILE    one page that opens offline: map, profile, findings, chain, comparison
+  bpdiag plot RUN ... -o FILE      the profile as a picture: .svg, .png or .pdf  [--step N]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
   bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
   bpdiag chain --run RUN --layer NAME [--step N]    the same product, measured in a trained net
@@ -159,6 +160,23 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _plot(arguments: list[str]) -> int:
+    """``bpdiag plot RUN ... -o FILE``: the profile as a picture."""
+    parser = argparse.ArgumentParser(prog="bpdiag plot", description="The gradient profile as SVG, PNG or PDF.")
+    parser.add_argument("run", nargs="+", help="a run folder; of several the profiles lie over each other")
+    parser.add_argument("-o", "--output", default="profile.svg", metavar="FILE", help="default: profile.svg")
+    parser.add_argument("--step", type=int, metavar="N", help="a sampled step; else the last")
+    told = parser.parse_args(arguments)
+
+    from bpdiag import figure
+    from bpdiag.trace import Trace
+
+    runs = [run for given in told.run for run in _runs(Path(given))]
+    names = {run.name if len({r.name for r in runs}) == len(runs) else str(run): run for run in runs}
+    print(figure.write({name: Trace.load(run) for name, run in names.items()}, told.output, told.step))
+    return 0
+
+
 def _diff(arguments: list[str]) -> int:
     """``bpdiag diff RUN RUN``: what differs between two runs, and where their numbers part."""
     parser = argparse.ArgumentParser(prog="bpdiag diff", description="What differs between two runs.")
@@ -243,6 +261,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "diagnose": _diagnose,
     "report": _report,
+    "plot": _plot,
     "diff": _diff,
     "chain": _chain,
 }

@@ -16,7 +16,9 @@ Needs numpy and pyarrow, never torch.
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bpdiag import sketch
 from bpdiag.config import UsageError, says_yes
 
 T = TypeVar("T")
@@ -173,6 +176,17 @@ class Trace:
         steps = self.sampled_steps
         span = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step"
         return f"Trace({len(self.layers)} layers, {len(steps)} sampled, {span}; diagnose(trace) judges it)"
+
+    def _repr_html_(self) -> str:
+        """The profile of the last step without a nan, for a notebook's cell."""
+        rows, (decades, there) = self.weight_layers(), self.column("decades")
+        shown = np.flatnonzero(there[:, rows].any(1) & ~(there & np.isnan(decades))[:, rows].any(1))
+        if not len(shown):
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        planned = self.meta.get("planned_steps")
+        title = f"step {self.sampled_steps[shown[-1]]}: share of the output's gradient that reaches each layer"
+        names, limit = [self.layers[i].short for i in rows], -math.log10(max(planned or 1_000, 2))
+        return sketch.profile(names, decades[shown[-1], rows].tolist(), limit, title)
 
     @classmethod
     def build(

@@ -16,7 +16,8 @@ LONGEST = 600  # lines
 CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),
     "config": (set(), set()),
-    "trace": (set(), {"numpy", "pyarrow"}),
+    "sketch": (set(), set()),
+    "trace": ({"sketch"}, {"numpy", "pyarrow"}),
     # maths
     "chain": (set(), set()),
     "rules": (set(), {"torch"}),
@@ -35,6 +36,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     # showing
     "views": ({"diagnosis", "bridge"}, {"numpy"}),
     "dashboard": ({"views"}, {"tensorboard", "werkzeug", "numpy", "matplotlib"}),
+    "figure": ({"diagnosis"}, {"numpy", "matplotlib"}),
     "report": ({"views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
     "bridge": ({"lesson"}, set()),
@@ -64,6 +66,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
             "bridge",
             "views",
             "report",
+            "figure",
             "__init__",
         },
         {"hydra", "omegaconf", "yaml"},
@@ -71,6 +74,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }
 STOREYS = [
+    ["sketch"],
     ["config", "trace", "__init__"],
     ["chain", "rules", "statistics"],
     ["modules", "initialization", "meanfield"],
@@ -80,7 +84,7 @@ STOREYS = [
     ["results", "lesson"],
     ["terminal", "bridge"],
     ["views"],
-    ["dashboard"],
+    ["dashboard", "figure"],
     ["report"],
     ["session", "prediction"],
     ["training"],

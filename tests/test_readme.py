@@ -38,7 +38,9 @@ def test_the_commands_run_in_their_order(capsys):
     assert len(ours) >= 5
     for arguments in ours:
         quick = (
-            [] if arguments[0] in ("chain", "diagnose", "report", "--help") else ["training.steps=2", "model.width=8"]
+            []
+            if arguments[0] in ("chain", "diagnose", "report", "plot", "--help")
+            else ["training.steps=2", "model.width=8"]
         )
         assert main([*arguments, *quick]) == 0, arguments
     assert "Keys and their defaults" in capsys.readouterr().out
