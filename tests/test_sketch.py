@@ -44,11 +44,12 @@ def test_many_layers_stay_a_small_picture():
     assert len(bars(drawn)) <= sketch.MOST
 
 
-def test_a_trace_draws_its_last_finite_step():
-    def blown(step):
-        return math.nan if step >= 100 else 1.4
+def test_a_trace_draws_its_last_step_without_a_nan():
+    def blown(step, layer, row):
+        if step >= 100 and "decades" in row:
+            row["decades"] = math.nan
 
-    drawn = net(5, sig=blown)._repr_html_()
+    drawn = net(5, edit=blown)._repr_html_()
     assert "step 90:" in drawn
     assert len(bars(drawn)) == 5
     assert net(steps=[])._repr_html_().startswith("<pre>Trace(")
