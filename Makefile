@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo screenshots clean
+.PHONY: demo test check bench zoo docs screenshots clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -16,11 +16,16 @@ check: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/judging.py
 
 # Every architecture of tests/zoo_*.py, and the page of what was found: docs/compatibility.md.
 zoo: .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[zoo]'
 	$(BIN)/python tests/zoo.py
+
+# docs/findings.md, from the generators of findings and their tests.
+docs: .venv
+	$(BIN)/python tests/findings_page.py
 
 # The stamp is written last: an interrupted install is begun anew.
 .venv: .venv/installed

@@ -26,7 +26,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag -m KEY=VALUE,VALUE ...    every combination, one table at the end
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
   bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
-  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json]
+  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json] [--fail-on harm]
   bpdiag report RUN ... -o FILE    one page that opens offline: map, profile, findings, chain, comparison
   bpdiag plot RUN ... -o FILE      the profile as a picture: .svg, .png or .pdf  [--step N]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
@@ -46,6 +46,9 @@ Also Hydra's own: --cfg job (show the configuration), --config-dir, --hydra-help
 Exit code: 0 done (also when a run went not finite: it is stopped, kept and judged), 1 a run failed,
 2 bad input, 130 interrupted.
 """
+
+
+FAILS = {"harm": ("harm",), "warning": ("harm", "warning")}  # what --fail-on fails on
 
 
 def conf() -> Path:
@@ -103,7 +106,10 @@ def _diagnose(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
+    parser.add_argument("--fail-on", metavar="SEVERITY", help="exit with 1 if a run has a finding: harm, warning")
     told = parser.parse_args(arguments)
+    if told.fail_on is not None:
+        choose("--fail-on", told.fail_on, FAILS)
 
     from bpdiag import diagnosis, terminal
     from bpdiag.trace import Trace, TraceError, plain
@@ -128,7 +134,8 @@ def _diagnose(arguments: list[str]) -> int:
             terminal.brief(run, trace, findings, terminal.console())
     for message in refused:
         print(f"bpdiag: {message}", file=sys.stderr)
-    return 2 if refused else 0
+    failed = any(f.severity in FAILS.get(told.fail_on, ()) for _, _, findings in judged for f in findings)
+    return 2 if refused else 1 if failed else 0
 
 
 def _runs(folder: Path) -> list[Path]:

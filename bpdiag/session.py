@@ -47,8 +47,10 @@ def watch(
 ) -> Watch:
     """Measure every layer of ``model`` on steps 0, N, 2N, ... of the block.
 
-    A step ends when the optimizer (the last one of several) has stepped, without one at ``watch.step()``, with a
-    gradient scaler at its ``update``, also where it skipped the step.  A loss that is told (``watch.loss``) before its
+    A step ends when the optimizer has stepped, of several when all have, in whatever order and however often each does;
+    one that has not stepped in the last 8 steps of another is not waited for, and until that is known those 8 and the
+    next are recorded as one step and counted as 9.  Without an optimizer it ends at ``watch.step()``, with a gradient
+    scaler at its ``update``, also where it skipped the step.  A loss that is told (``watch.loss``) before its
     backward tells its scale too, which is divided out of the cotangents and kept as ``loss_scale``.  Watching
     changes no result by a bit, and leaving the block, also by an exception, leaves the model as it was.
 

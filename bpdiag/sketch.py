@@ -11,20 +11,21 @@ ROW, NAME, BAR, NUMBER = 15, 130, 320, 60  # px: height of a row; widths of its 
 MOST = 60  # rows; of more layers every k-th is drawn
 
 
-def profile(names: Sequence[str], decades: Sequence[float], limit: float, title: str) -> str:
+def profile(names: Sequence[str], decades: Sequence[float], planned: int, title: str) -> str:
     """The share of the output's gradient that reaches each layer.
 
     Args:
         names: of the layers, input side first.
         decades: log10 of the share; -inf is exactly 0, nan was not measured.
-        limit: log10(1/T): bars beyond it are blue, beyond T orange; drawn as a dashed line.
+        planned: T, the steps planned: bars below 1/T are blue, beyond T orange; 1/T is a dashed line.
         title: one line above.
 
     Example:
-        >>> drawn = profile(["linear1", "linear2"], [-4.5, 0.0], -3.0, "step 0")
+        >>> drawn = profile(["linear1", "linear2"], [-4.5, 0.0], 1000, "step 0")
         >>> drawn.count("<rect"), "linear1: 10^−4.5" in drawn
         (2, True)
     """
+    limit = -math.log10(max(planned, 2))
     every = math.ceil(len(names) / MOST) or 1
     rows = list(zip(names, decades, strict=True))[::-1][::every]
     finite = [d for _, d in rows if math.isfinite(d)]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -55,10 +54,12 @@ COLUMNS: dict[str, str] = {
     "g_a_norm": "l2 norm of dL/da",
     "g_a_rms": "the same per element",
     "W_rms": "rms of the layer's weight before the step",
+    "W_distinct_rows": "share of W's rows that differ from each other, on the first sample and while under a half",
     "g_W_norm": "l2 norm of dL/dW as the optimizer meets it",
     "g_W_raw_norm": "the same as the backward left it, before clipping; a known scaler's factor divided out",
     "g_W_stale_norm": "l2 norm of what .grad held when the step's first backward came to it; 0 where it was cleared",
     "dW_rms": "rms of W after the step - W before it",
+    "dW_rounded_fraction": "share of a half-precision W's elements with a gradient that the step did not change",
     "update_ratio": "dW_rms / W_rms",
     "forward_gain": "z_rms over that of the weight layer below (x_rms for the first)",
     "backward_gain": "G = |g_z| / |g_z of the next weight layer|, l2 norms; < 1 vanishes",
@@ -70,15 +71,24 @@ COLUMNS: dict[str, str] = {
 }
 
 
+# columns of the steps table: what a loss of torch's own compares the output with, on sampled steps
+TARGET = {
+    "target_rms": "rms of a target of numbers",
+    "target_spread": "their standard deviation",
+    "target_class": "the most frequent class of a batch",
+    "target_class_share": "its share of the batch",
+}
+
+
 class TraceError(UsageError):
     """A folder holds no readable trace; the message says what was looked for and where."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of one module: a line of the layer table."""
+    """One call of one module, or a sum of no module in which ways meet (kind add or sub): a line of the layer table."""
 
-    name: str  # qualified name; "" for a model that is itself a leaf
+    name: str  # qualified name; "" for a model that is itself a leaf; "f+" for the sum that adds f's output
     call: int  # 0 for its first call in a forward pass
     kind: str  # linear, conv2d, relu, ...: the module's class in lower case, or the rule's name
     shape: tuple[int, ...] = ()  # of the output, batch first
@@ -91,6 +101,10 @@ class Layer:
     largest_slope: float | None = None
     r: float | None = None  # 1/sqrt(critical weight variance), see rules.activation
     window: int = 0  # sampled batches that a_dead_fraction looks back on
+    dtype: str = "float32"  # of the output
+    # autograd's names, without Backward, of what stands between its parents and its output; how, not what it computes
+    ops: tuple[str, ...] = field(default=(), compare=False)
+    gap: tuple[tuple[str, ...], ...] = ()  # for each parent, operations of no module on the way from it, as they ran
 
     @property
     def key(self) -> str:
@@ -145,6 +159,7 @@ class Sample:
     histograms: list[tuple[int, str, list[float]]] = field(default_factory=list)
     loss_scale: float | None = None  # what the cotangents were divided by; None: unknown, they are as delivered
     skipped: Sequence[int] = ()  # steps since the last sample that a gradient scaler skipped
+    target: dict[str, float] = field(default_factory=dict)  # what the loss compares with, by the names of TARGET
 
 
 class Sink(Protocol):
@@ -161,9 +176,9 @@ class Sink(Protocol):
 class Trace:
     """A run's measurements in memory.
 
-    ``table`` has KEYS, every column of COLUMNS (float64, null where missing), and edge_gain, one number for each of the
-    layer's ``parents`` (see ``edges``); ``steps`` has step, loss and
-    learning_rate; ``meta`` has what a judge must know: optimizer, planned_steps, every, provenance.
+    ``table`` has KEYS, every column of COLUMNS (float64, null where missing), edge_gain and gap_gain, one number for
+    each of the layer's ``parents`` (see ``edges``, ``gaps``); ``steps`` has step, loss and learning_rate; ``meta`` has
+    what a judge must know: optimizer, planned_steps, every, provenance.
     """
 
     table: pa.Table
@@ -183,10 +198,9 @@ class Trace:
         shown = np.flatnonzero(there[:, rows].any(1) & ~(there & np.isnan(decades))[:, rows].any(1))
         if not len(shown):
             return f"<pre>{html.escape(repr(self))}</pre>"
-        planned = self.meta.get("planned_steps")
         title = f"step {self.sampled_steps[shown[-1]]}: share of the output's gradient that reaches each layer"
-        names, limit = [self.layers[i].short for i in rows], -math.log10(max(planned or 1_000, 2))
-        return sketch.profile(names, decades[shown[-1], rows].tolist(), limit, title)
+        names, planned = [self.layers[i].short for i in rows], self.meta.get("planned_steps") or 1_000
+        return sketch.profile(names, decades[shown[-1], rows].tolist(), planned, title)
 
     @classmethod
     def build(
@@ -281,6 +295,12 @@ class Trace:
         told = self.steps_table.filter(pa.compute.is_valid(self.steps_table["skipped"]))["step"].to_numpy()
         return np.isin(self.sampled_steps, told)
 
+    def told(self, name: str) -> np.ndarray:
+        """(S,) a number of the steps table, as its learning rate, at each sampled step; nan where it is not known."""
+        known = self.once("told", lambda: {s: i for i, s in enumerate(self.steps_table["step"].to_pylist())})
+        column = self.steps_table[name].cast(pa.float64()).to_numpy()
+        return np.array([column[known[s]] if s in known else np.nan for s in self.sampled_steps.tolist()], float)
+
     def value(self, column: str, row: int, at: int) -> float | None:
         """Of layer ``row``, the ``at``-th sampled step, the first backward; None where it is missing."""
         values, there = self.column(column)
@@ -299,9 +319,21 @@ class Trace:
         Of the ``at``-th sampled step and its first backward, where measured: the edges of rows that read a place which
         others read too.  Where the parent's output went through a function first, v is meant behind it.
         """
+        return self._by_parent("edge_gain", at)
+
+    def gaps(self, at: int) -> dict[tuple[int, int], float]:
+        """(reader, parent) -> |v| / |g_x|: what a gap passes on of the cotangent that the reader sends into it.
+
+        Of the ``at``-th sampled step and its first backward, where measured.  A gap is what functions compute between
+        two layers, named by ``Layer.gap``; one that only moves numbers about (view, transpose) passes on all, and is
+        not measured.
+        """
+        return self._by_parent("gap_gain", at)
+
+    def _by_parent(self, column: str, at: int) -> dict[tuple[int, int], float]:
         (steps, lines), rows = self.once("places", self._places)
         here = np.flatnonzero(steps == at)
-        told = self.table["edge_gain"].combine_chunks().take(rows.take(pa.array(here))).to_pylist()
+        told = self.table[column].combine_chunks().take(rows.take(pa.array(here))).to_pylist()
         return {
             (int(line), parent): gain
             for line, gains in zip(lines[here], told, strict=True)
@@ -310,30 +342,30 @@ class Trace:
         }
 
     def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        at, rows = self.once("places", self._places)
-        values = np.full((len(self.sampled_steps), len(self.layers)), np.nan)
-        there = np.zeros(values.shape, bool)
+        (steps, lines), rows = self.once("places", self._places)
+        shape = len(self.sampled_steps), len(self.layers)
         column = self.table[name].combine_chunks()
-        column = column if len(rows) == len(column) else column.take(rows)
-        values[at] = column.to_numpy(zero_copy_only=False)
-        there[at] = True if not column.null_count else column.is_valid().to_numpy(zero_copy_only=False)
+        if len(rows) < len(column):
+            column = column.take(rows)
+        told, known = (x.to_numpy(zero_copy_only=False) for x in (column, column.is_valid()))
+        if len(lines) == shape[0] * shape[1] and self.once("in order", lambda: _in_order(steps, lines, shape[1])):
+            return told.reshape(shape), known.reshape(shape)
+        values, there = np.full(shape, np.nan), np.zeros(shape, bool)
+        values[steps, lines], there[steps, lines] = told, known
         return values, there
 
     def _places(self) -> tuple[tuple[np.ndarray, np.ndarray], pa.Array]:
         """Where each first-pass row of the table belongs in an (S, L) array, and its number."""
         first = np.flatnonzero(self.table["backward"].to_numpy() == 0)
         steps = np.searchsorted(self.sampled_steps, self.table["step"].to_numpy()[first])
-        index = {(layer.name, layer.call): i for i, layer in enumerate(self.layers)}
-        named = self.table["layer"].combine_chunks().dictionary_encode()  # a name once: rows are many, names few
-        names, calls = named.dictionary.to_pylist(), self.table["call"].to_numpy()[first]
-        called = range(int(calls.max(initial=0)) + 1)
-        line = np.array([[index.get((name, call), -1) for call in called] for name in names], int).reshape(
-            -1, len(called)
-        )
-        lines = line[named.indices.to_numpy()[first], calls]
-        if (lines < 0).any():
-            raise KeyError(f"a row of no layer of the table: row {first[lines < 0][0]}")
-        return (steps, lines), pa.array(first)
+        names = self.table["layer"].combine_chunks().dictionary_encode()
+        code = {name: i for i, name in enumerate(names.dictionary.to_pylist())}
+        calls = self.table["call"].to_numpy()[first]
+        index = np.zeros((max(len(code), 1), 1 + max((layer.call for layer in self.layers), default=0)), int)
+        for i, layer in enumerate(self.layers):
+            if layer.name in code:
+                index[code[layer.name], layer.call] = i
+        return (steps, index[names.indices.to_numpy()[first], calls]), pa.array(first)
 
     def once(self, key: Any, compute: Callable[[], T]) -> T:
         """``compute()``, remembered under ``key``: a trace does not change."""
@@ -350,7 +382,7 @@ class Trace:
 _ROWS = pa.schema(
     [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
     + [(name, pa.float64()) for name in COLUMNS]
-    + [("edge_gain", pa.list_(pa.float64()))]
+    + [(name, pa.list_(pa.float64())) for name in ("edge_gain", "gap_gain")]
 )
 _STEPS = pa.schema(
     [
@@ -359,6 +391,7 @@ _STEPS = pa.schema(
         ("learning_rate", pa.float64()),
         ("loss_scale", pa.float64()),
         ("skipped", pa.bool_()),  # true or null
+        *((name, pa.float64()) for name in TARGET),
     ]
 )
 _MISSING = pa.schema(
@@ -371,6 +404,11 @@ _MISSING = pa.schema(
         ("reason", pa.string()),
     ]
 )
+
+
+def _in_order(steps: np.ndarray, lines: np.ndarray, width: int) -> bool:
+    """Whether rows come sample by sample, in each line by line."""
+    return bool((steps * width + lines == np.arange(len(lines))).all())
 
 
 class TraceWriter:
@@ -424,6 +462,8 @@ class TraceWriter:
             self._steps.setdefault(sample.step, {"step": sample.step})["learning_rate"] = sample.learning_rate
         if sample.loss_scale is not None:
             self._steps.setdefault(sample.step, {"step": sample.step})["loss_scale"] = sample.loss_scale
+        if sample.target:
+            self._steps.setdefault(sample.step, {"step": sample.step}).update(sample.target)
         for step in sample.skipped:
             self._steps.setdefault(step, {"step": step})["skipped"] = True
         for index, column, reason in sample.missing:
@@ -513,8 +553,8 @@ def _read_part(path: Path, wanted: set[str] | None) -> pa.Table:
 
 
 def _layer(line: dict[str, Any]) -> Layer:
-    tuples = {name: tuple(line[name]) for name in ("shape", "parents", "via")}
-    return Layer(**{**line, **tuples})
+    told: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in line.items()}
+    return Layer(**{**told, "gap": tuple(map(tuple, told.get("gap", ())))})
 
 
 def _concat(schema: pa.Schema, tables: Sequence[pa.Table]) -> pa.Table:

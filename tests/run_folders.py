@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from test_diagnosis import net
+from typed import net
 
 from bpdiag import diagnosis
 from bpdiag.config import Config, ModelConfig

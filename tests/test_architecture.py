@@ -48,6 +48,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "session": ({"hooks", "diagnosis", "dashboard", "terminal", "__init__"}, {"torch"}),
+    "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
         {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
         {"torch", "numpy", "PIL"},
@@ -87,7 +88,7 @@ STOREYS = [
     ["dashboard", "figure"],
     ["report"],
     ["session", "prediction"],
-    ["training"],
+    ["training", "trial"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from run_folders import HOSTILE, renamed, sick, write_run
-from test_diagnosis import net
+from typed import net
 
 from bpdiag import report
 from bpdiag.config import Config, ModelConfig, OptimizerConfig, TrainingConfig, WatchConfig

@@ -70,7 +70,15 @@ def test_what_was_asked_and_other_layers_are_told():
 
 
 def test_every_measured_column_has_its_place():
-    derived = {"W_rms", "backward_gain", "weight_factor", "slope_factor", "decades", "nonfinite_sample"}
+    derived = {
+        "W_rms",
+        "backward_gain",
+        "weight_factor",
+        "slope_factor",
+        "decades",
+        "nonfinite_sample",
+        "W_distinct_rows",
+    }
     assert sorted(ORDER) == sorted(set(COLUMNS) - derived)
 
 

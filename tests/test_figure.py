@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from run_folders import sick, write_run
-from test_diagnosis import net
+from typed import net
 
 from bpdiag import diagnosis, figure
 from bpdiag.__main__ import main

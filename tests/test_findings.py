@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bpdiag
@@ -30,6 +30,10 @@ def classify(out):
 
 def sgd(model, lr=0.05):
     return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def adam(model, lr, **options):
+    return torch.optim.Adam(model.parameters(), lr=lr, **options)
 
 
 @dataclass
@@ -77,6 +81,20 @@ class Listed(nn.Module):
         return self.head(x)
 
 
+class Way(nn.Module):
+    """Two layers, something on the way, a head."""
+
+    def __init__(self, way, grad=True):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(20, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+        self.way, self.grad = way, grad
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.grad):
+            h = self.second(self.first(x).relu())
+        return self.head(self.way(h).relu())
+
+
 class Blocks(nn.Module):
     """x + scale W relu(x), with He's weights."""
 
@@ -115,6 +133,33 @@ def large(model, variance):
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, 0, (variance / layer.in_features) ** 0.5)
             nn.init.zeros_(layer.bias)
+    return model
+
+
+def dark():
+    """Pictures whose border is always black: weights there have no gradient."""
+    return X * (torch.arange(20) > 4)
+
+
+def scaled(loss, by):
+    """Only its gradient."""
+    return loss * by + (loss * (1 - by)).detach()
+
+
+def filled(model, value, layers=(0, 2, 4)):
+    for i in layers:
+        nn.init.constant_(model[i].weight, value)
+        nn.init.zeros_(model[i].bias)
+    return model
+
+
+def twice(model):
+    """Every hidden unit has a twin, and the layer above treats the two alike."""
+    with torch.no_grad():
+        for below, above in ((model[0], model[2]), (model[2], model[4])):
+            for p in below.parameters():
+                p[16:] = p[:16]
+            above.weight[:, 16:] = above.weight[:, :16]
     return model
 
 
@@ -178,9 +223,74 @@ CASES = {
         ("update_too_small", "too small"), fit(mlp, optimizer=lambda m: sgd(m, 1e-7)), fit(mlp)
     ),
     "half precision eats every step": Case(
-        ("update_too_small", "rounded away"),
+        ("precision", "rounded away"),
         fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: sgd(m, 1e-5), x=X.bfloat16()),
         fit(mlp, optimizer=sgd),
+    ),
+    "constant weights": Case(("symmetric_initialization", "constant"), fit(lambda: filled(mlp(), 0.1)), fit(mlp)),
+    "all weights 0": Case(("symmetric_initialization", "at 0"), fit(lambda: filled(mlp(), 0.0)), fit(mlp)),
+    "a hidden layer at 0, whose relus never wake": Case(
+        ("symmetric_initialization", "at 0"), fit(lambda: filled(mlp(), 0.0, [2])), fit(lambda: filled(mlp(), 0.0, [4]))
+    ),
+    "each unit twice": Case(("symmetric_initialization", "repeated"), fit(lambda: twice(mlp())), fit(mlp), steps=10),
+    "bfloat16 eats most of each of Adam's steps": Case(
+        ("precision", "rounded away"),
+        fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: adam(m, 1e-5), x=X.bfloat16()),
+        fit(lambda: mlp().bfloat16(), lambda out: classify(out.float()), lambda m: adam(m, 3e-3), x=X.bfloat16()),
+    ),
+    "Adam's eps in float16": Case(
+        ("precision", "eps"),
+        fit(lambda: mlp().half(), lambda out: classify(out.float()), lambda m: adam(m, 1e-3), x=dark().half()),
+        fit(lambda: mlp().half(), lambda out: classify(out.float()), lambda m: adam(m, 1e-3, eps=1e-4), x=X.half()),
+    ),
+    "a loss so small that float16 has no gradient of it": Case(
+        ("precision", "underflow"),
+        fit(lambda: mlp().half(), lambda out: scaled(classify(out.float()), 1e-6), x=X.half()),
+        fit(lambda: mlp().half(), lambda out: classify(out.float()), x=X.half()),
+    ),
+    "a detach on the way": Case(
+        ("disconnected", "cut"), fit(lambda: Way(Tensor.detach)), fit(lambda: Way(Tensor.clone))
+    ),
+    "numbers made anew": Case(
+        ("disconnected", "cut"), fit(lambda: Way(lambda h: torch.tensor(h.tolist()))), fit(lambda: Way(Tensor.clone))
+    ),
+    "a choice of the largest on the way": Case(
+        ("disconnected", "cut"),
+        fit(lambda: Way(lambda h: F.one_hot(h.argmax(1), 32).float())),
+        fit(lambda: Way(lambda h: h.softmax(1) * 32)),
+    ),
+    "a body left under no_grad": Case(
+        ("disconnected", "cut"), fit(lambda: Way(Tensor.clone, grad=False)), fit(lambda: Way(Tensor.clone))
+    ),
+    "a loss made anew from its number": Case(
+        ("disconnected", "no graph"),
+        fit(mlp, lambda out: torch.tensor(classify(out).item(), requires_grad=True)),
+        fit(mlp),
+    ),
+    "masks of 0 and 255": Case(
+        ("targets", "out of range"),
+        fit(lambda: mlp(n_out=1), lambda out: F.binary_cross_entropy_with_logits(out[:, 0], 255.0 * (Y > 2))),
+        fit(lambda: mlp(n_out=1), lambda out: F.binary_cross_entropy_with_logits(out[:, 0], 1.0 * (Y > 2))),
+    ),
+    "a softmax of logits times a thousand": Case(
+        ("logits_saturated", "temperature"),
+        fit(mlp, lambda out: classify(1000 * out), lambda m: sgd(m, 1e-7)),
+        fit(mlp, lambda out: classify(2 * out)),
+    ),
+    "a loss turned round": Case(
+        ("loss_interface", "turned round"), fit(mlp, lambda out: -classify(out), lambda m: sgd(m, 0.5)), fit(mlp)
+    ),
+    "dropout that keeps one unit in fifty": Case(
+        ("over_regularized", "dropout"),
+        fit(lambda: nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.98), nn.Linear(64, 5))),
+        fit(lambda: nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 5))),
+        steps=60,
+    ),
+    "AdamW that decays all": Case(
+        ("over_regularized", "weight decay"),
+        fit(mlp, optimizer=lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=300.0)),
+        fit(mlp, optimizer=lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.01)),
+        steps=60,
     ),
     "tanh of weights far too large": Case(
         ("saturated", "initialization"),
@@ -188,14 +298,28 @@ CASES = {
         fit(lambda: large(mlp(act=nn.Tanh), 1)),
     ),
     "tanh of pixels from 0 to 255": Case(
-        ("saturated", "input scale"),
+        ("input_scale", "too large"),
         fit(lambda: mlp(act=nn.Tanh), x=100 * X.abs()),
         fit(lambda: mlp(act=nn.Tanh), x=X.abs()),
     ),
     "relu of pixels from 0 to 255": Case(
-        ("forward_scale", "input scale"),
+        ("input_scale", "too large"),
         fit(lambda: large(mlp(), 2), x=100 * X.abs(), optimizer=lambda m: sgd(m, 1e-6)),
         fit(lambda: large(mlp(), 2), x=X.abs()),
+    ),
+    "inputs in the wrong unit": Case(("input_scale", "too small"), fit(mlp, x=X / 1e4), fit(mlp)),
+    "one feature in thousands": Case(
+        ("input_scale", "too large"), fit(mlp, x=X * torch.tensor([5000.0] + [1.0] * 19)), fit(mlp), steps=60
+    ),
+    "prices as targets": Case(
+        ("targets", "out of scale"),
+        fit(lambda: mlp(n_out=1), lambda out: F.mse_loss(out[:, 0], 2e5 + 5e4 * T), lambda m: sgd(m, 1e-8)),
+        fit(lambda: mlp(n_out=1), lambda out: F.mse_loss(out[:, 0], T)),
+    ),
+    "years as targets, the loss by hand": Case(
+        ("targets", "out of scale"),
+        fit(lambda: mlp(n_out=1), lambda out: ((out[:, 0] - 2000 - 9 * T) ** 2).mean(), lambda m: adam(m, 1e-3)),
+        fit(lambda: mlp(n_out=1), lambda out: ((out[:, 0] - T) ** 2).mean(), lambda m: adam(m, 1e-3)),
     ),
     "no activation at all": Case(
         ("linear_stack", "no activation"),
@@ -231,6 +355,26 @@ def test_the_fault_is_named_and_its_twin_is_silent(name):
     assert found[0].severity == "harm"
     assert all((found[0].sentence, found[0].why, found[0].remedy, found[0].expected, found[0].source))
     assert findings(case.mended, case.steps) == []
+
+
+def batches_in(order):
+    """Findings of twenty batches of 16 from a table of five classes."""
+    torch.manual_seed(0)
+    y = torch.arange(5).repeat_interleave(64)
+    x = torch.randn(5, 20)[y] + torch.randn(320, 20)
+    model = mlp()
+    optimizer = sgd(model)
+    with watch(model, optimizer) as watching:
+        for batch in order.split(16):
+            optimizer.zero_grad()
+            watching.loss(F.cross_entropy(model(x[batch]), y[batch])).backward()
+            optimizer.step()
+    return [(f.kind, f.severity) for f in bpdiag.diagnose(watching.trace)]
+
+
+def test_classes_that_come_one_after_the_other():
+    assert batches_in(torch.arange(320)) == [("data_order", "harm")]
+    assert batches_in(torch.randperm(320, generator=torch.Generator().manual_seed(0))) == []
 
 
 # ---- what looks so and is none ----------------------------------------------------------------------------

@@ -21,6 +21,11 @@ class Sum(nn.Module):
         return skip + branch
 
 
+class NormedSum(nn.LayerNorm):
+    def forward(self, skip, branch):
+        return super().forward(skip + branch)
+
+
 class Residual(nn.Module):
     """first -> x -> x + f(x) -> head; ``read`` says how x is read: (skip, what the branch gets)."""
 
@@ -230,11 +235,11 @@ def test_behind_a_norm_the_words_say_so():
     class PostNorm(Residual):
         def __init__(self):
             super().__init__()
-            self.norm = nn.LayerNorm(6).double()
+            self.norm = NormedSum(6).double()
 
         def forward(self, x):
             x = self.first(x)
-            return self.head(self.norm(x + self.inner(x)))
+            return self.head(self.norm(x, self.inner(x)))
 
     words = blocks.in_words(one_step(PostNorm()), 0)
     assert " of what arrives at norm, the branch " in words

@@ -83,7 +83,10 @@ def test_every_leaf_of_resnet18_in_execution_order():
     for handle in handles:
         handle.remove()
     trace = one_step(model, data((2, 3, 32, 32)))
-    assert [layer.name for layer in trace.layers] == ran
+    assert [layer.name for layer in trace.layers if layer.kind != "add"] == ran
+    assert [layer.name for layer in trace.layers if layer.kind == "add"] == [
+        f"layer{n}.{block}.{'downsample.1' if n > 1 and not block else 'bn2'}+" for n in range(1, 5) for block in (0, 1)
+    ]
     assert set(leaves.values()) == set(ran)
     assert [layer.call for layer in trace.layers if layer.name == "layer1.0.relu"] == [0, 1]
     assert all(r["g_a_norm" if r["a_norm"] is not None else "g_z_norm"] > 0 for r in trace.to_arrow().to_pylist())
@@ -336,7 +339,8 @@ def test_where_the_way_up_forks_there_is_no_gain_but_a_reason():
     assert row(trace, "head")["forward_gain"] is None  # two layers feed it
     assert stem["decades"] is not None
     layers = {layer.name: i for i, layer in enumerate(trace.layers)}
-    assert trace.layers[layers["head"]].parents == (layers["stem"], layers["branch"])
+    assert trace.layers[layers["branch+"]].parents == (layers["stem"], layers["branch"])
+    assert trace.layers[layers["head"]].parents == (layers["branch+"],)
 
 
 # ---- forms ------------------------------------------------------------------------------------------------
@@ -501,3 +505,50 @@ def test_a_reason_is_told_once_for_all_passes():
             optimizer.step()
     spans = [(m.from_step, m.to_step) for m in watching.trace.missing if m.column == "backward_gain"]
     assert spans == [(0, 2)]
+
+
+# ---- a model that calls itself ----------------------------------------------------------------------------
+
+
+class Descending(nn.Module):
+    """Calls itself ``depth`` times; ``fails`` at the deepest call, which the one above it forgives."""
+
+    def __init__(self, depth, fails=False):
+        super().__init__()
+        self.inner, self.depth, self.fails = seeded(4, 4), depth, fails
+
+    def forward(self, x, level=0):
+        x = self.inner(x)
+        if level == self.depth:
+            if self.fails:
+                raise ValueError
+            return x
+        try:
+            return self(x, level + 1)
+        except ValueError:
+            return x
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_calls_itself_is_in_one_pass(fails):
+    """The truth: the same layer, written three times in a row."""
+    model = Descending(2, fails)
+    trace = one_step(model, data((3, 4)))
+    if fails:  # the deepest call gave nothing out
+        assert "g_z_norm" in reasons(trace, "inner", call=2)
+    chain = Net(lambda self, x: self.inner(self.inner(x if fails else self.inner(x))), inner=seeded(4, 4))
+    truth = one_step(chain, data((3, 4)))
+    for call in range(2 if fails else 3):
+        assert row(trace, "inner", call)["g_z_norm"] == row(truth, "inner", call)["g_z_norm"]
+
+
+def test_a_pass_that_failed_leaves_the_next_one_its_place():
+    model = Net(lambda self, x: self.low(x) if x.dim() == 2 else self.high(x), low=seeded(4, 4), high=seeded(3, 3))
+    with watch(model) as watching:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="mat1"):
+                model(data((1, 2, 2)))
+            model(data((2, 4))).square().mean().backward()
+        watching.step()
+    told = [(r["layer"], r["call"], r["backward"]) for r in watching.trace.to_arrow().to_pylist()]
+    assert told == [("low", 0, 0), ("low", 0, 1)]

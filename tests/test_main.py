@@ -12,6 +12,7 @@ import pandas
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from typed import HE, by, net
 
 from bpdiag.__main__ import conf, main
 from bpdiag.config import Config, ModelConfig, TrainingConfig
@@ -194,6 +195,10 @@ BAD = [
     (["nonsense"], "unknown command"),
     (["diagnoze", "x"], "did you mean 'diagnose'"),
     (["diagnose", "nowhere"], "no such folder"),
+    (
+        ["diagnose", "half", "--fail-on", "harms"],
+        "--fail-on=harms: unknown; known: harm, warning; did you mean 'harm'?",
+    ),
     (["diagnose", "."], "no trace here"),
     (["diagnose", "half"], "half"),
     (["diff", "half", "half"], "half"),
@@ -408,3 +413,15 @@ def test_the_program_runs_as_a_module(tmp_path):
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     assert torch.load(runs()[0] / "model.pt", weights_only=True)["config"]["model"]["width"] == 8
+
+
+@pytest.mark.parametrize(
+    ("trace", "codes"),
+    [(by(-4), (0, 1, 1)), (net(sig=lambda s: HE / 10 if s < 60 else HE), (0, 0, 1)), (net(), (0, 0, 0))],
+    ids=["harm", "warning", "healthy"],
+)
+def test_a_finding_can_fail_a_build(trace, codes, capsys):
+    trace.save("run")
+    for options, code in zip(([], ["--fail-on", "harm"], ["--fail-on=warning"]), codes, strict=True):
+        assert main(["diagnose", "run", *options]) == code
+    assert main(["diagnose", "run", "nowhere", "--fail-on", "warning"]) == 2

@@ -394,13 +394,13 @@ def test_a_way_that_changes_is_not_held_against_the_wrong_weights():
     assert "elsewhere" in reasons(trace, "a")["backward_gain"]
 
 
-def test_all_weights_zero_is_blamed_on_the_weights():
+def test_all_weights_zero_is_blamed_on_their_beginning():
     model = deep(nn.ReLU, depth=4)
     for p in model.parameters():
         nn.init.zeros_(p)
     trace = watched(model, torch.randn(16, 64), guess, steps=4)
     (finding,) = bpdiag.diagnose(trace)
-    assert (finding.kind, finding.cause) == ("vanishing", "weights")
+    assert (finding.kind, finding.cause) == ("symmetric_initialization", "weights at 0")
     assert "nan" not in str(finding)
     assert "inf" not in str(finding)
 

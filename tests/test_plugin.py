@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from run_folders import sick, write_run
 from tensorboard.plugins.base_plugin import TBContext
-from test_diagnosis import net
+from typed import net
 from werkzeug.test import Client
 
 from bpdiag import views

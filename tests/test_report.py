@@ -12,7 +12,7 @@ import zlib
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from run_folders import HOSTILE, renamed, sick, write_run
-from test_diagnosis import net
+from typed import net
 
 from bpdiag import report, views
 from bpdiag.__main__ import main

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bpdiag.statistics import (
+    LARGE,
     PART,
     STATISTICS,
     Statistic,
@@ -289,6 +290,21 @@ def test_a_large_tensor_is_reduced_in_parts_to_the_same(shape, rng):
     torch.testing.assert_close(lengths(rows), true.square().sum(1).sqrt(), rtol=1e-12, atol=0)
     units = (true / true.square().sum(1, keepdim=True).sqrt()).sum(0)
     torch.testing.assert_close(sum_of_units(rows, lengths(rows)).double(), units, rtol=1e-4, atol=1e-6 * len(rows))
+
+
+@pytest.mark.parametrize("columns", [4096 * 20, 28_561, 512])
+def test_a_large_row_is_squared_in_float32_only_where_that_is_right(columns, rng):
+    """Rows of every size, of nothing, of what is no number; the twin: float32's own squares."""
+    sizes = torch.tensor([1.0, 1e-3, 1e12, 1e-14, 1e-25, 1e-40, 1e22, 1e37, 0.0]).unsqueeze(1)
+    x = torch.randn(len(sizes), columns, generator=rng) * sizes
+    x = torch.cat([x, x[:1].clone().fill_diagonal_(math.nan), x[:1].clone().fill_diagonal_(-math.inf)])
+    x = torch.cat([x] * (LARGE // columns // len(x) + 1))
+    assert x.numel() >= LARGE
+    true = torch.linalg.vector_norm(x.double(), dim=1)
+    torch.testing.assert_close(lengths(x), true, rtol=1e-6, atol=0, equal_nan=True)
+    plain = torch.linalg.vector_norm(x, dim=1)
+    assert plain[4] == 0 < true[4]
+    assert plain[6] == math.inf > true[6]
 
 
 # ---- cosine ------------------------------------------------------------------------------------------

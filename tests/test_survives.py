@@ -146,11 +146,17 @@ class Cell:
 
 
 ABC = {"seen": {"a", "b", "c"}, "measured": {"a", "b", "c"}}
+SUM = {"a", "b", "c", "a+"}
 CELLS = {
     "in place after a module": Cell(),
     "a view of an output": Cell(lambda: Put(lambda m, x: m.c(m.b(m.a(x).view(2, 3, 8)).flatten(0, 1))), **ABC),
     "columns written in place": Cell(lambda: Put(lambda m, x: m.c(m.b(m.a(x).clone().index_fill_(1, Y, 0)))), **ABC),
-    "a sum in place": Cell(lambda: Put(lambda m, x: m.c(m.b(m.a(x)).add_(m.a(x)))), **ABC),
+    "a sum in place": Cell(lambda: Put(lambda m, x: m.c(m.b(m.a(x)).add_(m.a(x)))), seen=SUM, measured=SUM),
+    "a sum of no module": Cell(
+        lambda: Put(lambda m, x: m.c((h := torch.relu(m.a(x))) + F.dropout(m.b(h)))),
+        seen={"a", "b", "c", "b+"},
+        measured={"a", "b", "c", "b+"},
+    ),
     "one module three times": Cell(lambda: Put(lambda m, x: m.c(m.a(m.a(m.b(m.a(x)))))), **ABC),
     "detached in the middle": Cell(
         lambda: Put(lambda m, x: m.c(m.b(m.a(x).detach()))), seen={"a", "b", "c"}, measured={"b", "c"}

@@ -5,6 +5,7 @@ from threading import Thread
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bpdiag import Trace, diagnosis, watch
 from bpdiag.config import UsageError
@@ -139,6 +140,50 @@ def test_a_module_that_only_another_thread_calls_is_listed_so():
     assert watching.trace.meta["unseen"] == [
         {"what": "module", "name": "there", "reason": "called from another thread only"}
     ]
+
+
+class Consistent(nn.Module):
+    """One layer is called with gradient and without, as for a target of itself; another in a checkpoint."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.body, self.inner, self.head, self.calls = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2), calls
+
+    def forward(self, x):
+        x = self.body(x)
+        if self.calls:
+            with torch.no_grad():
+                target = self.body(x)
+            x = x - target
+        return self.head(checkpoint(self.inner, x, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the evaluation
+def test_a_call_without_gradient_beside_one_with_is_listed():
+    """A checkpoint's first call has no gradient either, and is made again; an evaluation is none of the training's."""
+    for calls, expected in ((True, {"body": "called without gradient too: that has no row"}), (False, {})):
+        model = Consistent(calls)
+        with watch(model) as watching:
+            with torch.no_grad():
+                model(X)
+            model(X).square().mean().backward()
+            watching.step()
+        assert {line["name"]: line["reason"] for line in watching.trace.meta["unseen"]} == expected
+
+
+@pytest.mark.parametrize("when", ["before the step ends", "after it"])
+def test_a_layer_whose_parameters_another_uses_is_told_so_after_they_are_cleared(when):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as watching:
+        model(X).square().mean().backward()
+        if when == "before the step ends":
+            optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+        optimizer.step()
+        optimizer.zero_grad()
+    told = {line["name"]: line["reason"] for line in watching.trace.meta["unseen"]}
+    assert told["body.self_attn.out_proj"] == "never called as a module: another one uses its parameters itself"
+    assert told["spare"] == "never called"
 
 
 # ---- refused by name --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 from run_folders import HOSTILE, renamed, sick, write_run
-from test_diagnosis import net
+from typed import net
 
 from bpdiag import views
 from bpdiag.trace import Trace, TraceError

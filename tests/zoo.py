@@ -37,7 +37,8 @@ Three things are asked of each:
   module that is never called. A row to which no gradient comes says why, truly.
 - **cotangents**: the norm in every row equals that of `torch.autograd.grad` at the module's outputs, in a run of its
   own without the watcher, to 1e-10 (models computed in float32: 1e-5); where autograd has none, the row has none. So
-  does the norm at an activation that is a function call, and that of every weight gradient.
+  does the norm at an activation that is a function call, at a sum of no module in which ways meet (a row of its own),
+  and that of every weight gradient.
 
 `tests/zoo_twins.py` holds watchers with a fault each that these checks must catch.
 """
@@ -47,6 +48,7 @@ COLUMNS = (
     "in the trace",
     "listed",
     "cotangents",
+    "sums",
     "none comes",
     "weight gradients",
     "bit for bit",
@@ -88,8 +90,8 @@ def told(verdict: Verdict | str) -> str:
 def cells(name: str, entry: Entry, verdict: Verdict | str) -> list[str]:
     """A line of the page."""
     if isinstance(verdict, str):
-        return [name, *[""] * 7, verdict, ""]
-    numbers = (verdict.calls, verdict.rows, verdict.listed, verdict.cotangents, verdict.without_gradient)
+        return [name, *[""] * 8, verdict, ""]
+    numbers = (verdict.calls, verdict.rows, verdict.listed, verdict.cotangents, verdict.sums, verdict.without_gradient)
     precision = "" if entry.dtype is torch.float64 else "float32"
     faults = [f"**{fault}**" for fault in verdict.faults[:3]]
     remarks = "; ".join(text for text in (entry.remark, precision, *faults) if text)
@@ -101,9 +103,10 @@ def page(verdicts: Mapping[str, Mapping[str, Verdict | str]]) -> str:
     """The page, whole."""
     versions = ", ".join(f"{package} {installed(package)}" for package in verdicts if installed(package))
     every = [v for of_family in verdicts.values() for v in of_family.values()]
-    total = sum(v.cotangents for v in every if isinstance(v, Verdict))
+    total, sums = (sum(getattr(v, name) for v in every if isinstance(v, Verdict)) for name in ("cotangents", "sums"))
     lines = [HEAD.format(versions=versions)]
-    lines += [f"**{sum(map(is_sound, every))} of {len(every)}** architectures; {total} cotangents compared.\n"]
+    compared = f"{total} cotangents compared, and those of {sums} sums"
+    lines += [f"**{sum(map(is_sound, every))} of {len(every)}** architectures; {compared}.\n"]
     for family, of_family in verdicts.items():
         found = [v for v in of_family.values() if isinstance(v, Verdict)]
         sound, compared = sum(map(is_sound, of_family.values())), sum(v.cotangents for v in found)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 from bpdiag import watch
 
@@ -82,6 +83,7 @@ class Verdict:
     listed: int = 0
     without_gradient: int = 0
     cotangents: int = 0
+    sums: int = 0
     weights: int = 0
     seconds: float = 0.0
     reasons: list[str] = field(default_factory=list)
@@ -188,6 +190,23 @@ class Output:
         return self.whole if overwritten and self.whole is not None else self.edge
 
 
+SUMS = ("add", "iadd", "radd", "sub", "isub", "rsub")
+
+
+class Additions(TorchFunctionMode):
+    """Where the gradient of every sum and difference arrives, as torch's functions were asked for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.edges: list[GradientEdge] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = function(*args, **(kwargs or {}))
+        if function.__name__.strip("_") in SUMS and isinstance(given, Tensor) and given.requires_grad:
+            self.edges.append(edge(given))
+        return given
+
+
 @dataclass
 class Seen:
     """One call of a module that computes something itself, as a hook of this file saw it."""
@@ -220,8 +239,11 @@ def edge(t: Tensor) -> GradientEdge:
     return get_gradient_edge(t)
 
 
-def retained(run: Run) -> list[Seen]:
-    """Every call of the step, in its order, with the gradients that torch.autograd.grad gives at its outputs."""
+def retained(run: Run) -> tuple[list[Seen], list[float]]:
+    """Every call of the step, in its order, with the gradients that torch.autograd.grad gives at its outputs.
+
+    Beside them the norms of those at every sum.
+    """
     calls: list[Seen] = []
     counts: dict[str, int] = {}
     entering: list[GradientEdge | None] = []  # of the calls that are under way
@@ -246,19 +268,20 @@ def retained(run: Run) -> list[Seen]:
             module.register_forward_pre_hook(before, with_kwargs=True),
             module.register_forward_hook(after, with_kwargs=True),
         ]
-    loss = run.loss()
+    with Additions() as additions:
+        loss = run.loss()
     for handle in handles:
         handle.remove()
     at = {call.key: dict.fromkeys(output.asked_at() for output in call.outputs) for call in calls}
     into = [call.entering for call in calls if call.entering is not None]
-    edges = list(dict.fromkeys([*(e for of_call in at.values() for e in of_call), *into]))
+    edges = list(dict.fromkeys([*(e for of_call in at.values() for e in of_call), *into, *additions.edges]))
     found = torch.autograd.grad(loss, edges, allow_unused=True)
     norms = {e: None if g is None else norm(g) for e, g in zip(edges, found, strict=True)}
     for call in calls:
         arrived = [norms[e] for e in at[call.key] if norms[e] is not None]
         call.g = float(np.sqrt(np.square(arrived).sum())) if arrived else None
         call.g_entering = norms[call.entering] if call.entering is not None else None
-    return calls
+    return calls, [g for e in additions.edges if (g := norms[e]) is not None]
 
 
 # ---- the checks -------------------------------------------------------------------------------------------
@@ -275,9 +298,10 @@ def examine(entry: Entry, watcher: Callable[..., Any] = watch) -> Verdict:
     trace = watching.trace
     check_unchanged(verdict, expected, run.state())
     del run
-    calls = retained(Run(replace(entry, make=entry.plain or entry.make)))
+    calls, sums = retained(Run(replace(entry, make=entry.plain or entry.make)))
     check_complete(verdict, alone.model, calls, trace)
     check_cotangents(verdict, calls, trace, TOLERANCE[entry.dtype])
+    check_sums(verdict, sums, trace, TOLERANCE[entry.dtype])
     check_weight_gradients(verdict, alone.model, trace, TOLERANCE[entry.dtype])
     verdict.seconds = time.perf_counter() - start
     return verdict
@@ -294,7 +318,7 @@ def check_complete(verdict: Verdict, model: nn.Module, calls: list[Seen], trace:
     """Every call is a row, in the order of execution, or its module is listed; and so is every module not called."""
     listed = {line["name"]: line["reason"] for line in trace.meta["unseen"] if line["what"] == "module"}
     rows = [(layer.name, layer.call) for layer in trace.layers]
-    there = {(r["layer"], r["call"]) for r in trace.to_arrow().to_pylist()}
+    there = {(r["layer"], r["call"]) for r in trace.to_arrow().to_pylist()} - sums_of(trace).keys()
     silent = {name for name, m in model.named_modules() if computes(m)} - {call.name for call in calls}
     lost = [call for call in calls if call.key not in there]
     verdict.calls, verdict.rows = len(calls), len(calls) - len(lost)
@@ -355,11 +379,31 @@ def check_cotangents(verdict: Verdict, calls: list[Seen], trace: Any, tolerance:
                 verdict.cotangents += 1
 
 
+def sums_of(trace: Any) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of sums that no module computes."""
+    keys = {(la.name, la.call) for la in trace.layers if la.kind in ("add", "sub") and la.name.endswith(("+", "-"))}
+    return {key: r for r in trace.to_arrow().to_pylist() if (key := (r["layer"], r["call"])) in keys}
+
+
+def check_sums(verdict: Verdict, sums: list[float], trace: Any, tolerance: float) -> None:
+    """|g| of every sum that has a row is autograd's at a sum of its own; where none arrived there is a reason."""
+    left, told = list(sums), {(m.layer, m.call) for m in trace.missing if m.column == "g_z_norm"}
+    for key, row in sums_of(trace).items():
+        got = row["g_z_norm"]
+        met = next((g for g in left if got is not None and close(got, g, tolerance)), None)
+        if met is not None:
+            left.remove(met)
+            verdict.sums += 1
+        elif got is not None or key not in told:
+            verdict.wrong.append(f"{key}: |g| = {got}, which is autograd's at no sum")
+
+
 def check_weight_gradients(verdict: Verdict, model: nn.Module, trace: Any, tolerance: float) -> None:
     """|g_W| is that of the gradient which the step by itself left."""
     modules = dict(model.named_modules())
     for row in trace.to_arrow().to_pylist():
-        weight = modules[row["layer"]]._parameters.get("weight")
+        module = modules.get(row["layer"])  # of a sum there is none
+        weight = module._parameters.get("weight") if module is not None else None
         if weight is None or not weight.is_leaf:
             continue
         true, got = None if weight.grad is None else norm(weight.grad), row["g_W_norm"]

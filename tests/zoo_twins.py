@@ -140,6 +140,10 @@ def imprecise(column: str) -> Callable[[Rows], Rows]:
     return lambda rows: [{**row, column: row[column] and row[column] * (1 + 1e-9)} for row in rows]
 
 
+def imprecise_in_sums(rows: Rows) -> Rows:
+    return [{**row, "g_z_norm": row["g_z_norm"] * (1 + 1e-9)} if row["layer"].endswith("+") else row for row in rows]
+
+
 def swapped(trace: Trace) -> Trace:
     first, second, *others = trace.layers
     return dataclasses.replace(trace, layers=[second, first, *others])
@@ -173,5 +177,6 @@ WRONG = {
     "is imprecise in cotangents of z": with_rows(imprecise("g_z_norm")),
     "is imprecise in cotangents of a": with_rows(imprecise("g_a_norm")),
     "is imprecise in weight gradients": with_rows(imprecise("g_W_norm")),
+    "is imprecise in sums": with_rows(imprecise_in_sums),
     "is imprecise in outputs": with_rows(imprecise("a_norm")),
 }

@@ -7,6 +7,7 @@ Tags are ``group/statistic/NN_kind``, NN counting the weight layers from the inp
     signal/z_rms/03_linear               what enters phi       signal/saturated/03_tanh, signal/dead/03_tanh
     update/update_ratio/03_linear        rms(dW) / rms(W)
     gain/edge/sum3_from_relu2            where ways part: what one of them carries, against its reader's cotangent
+    gain/gap/out_from_qkv                what functions between two layers pass on of it
 
 Where histograms are asked for: ``histogram/z/03_linear``, also of g_z, a, g_a, W and g_W, of the finite numbers; how
 many were not is the scalar ``nonfinite/z/03_linear``, written where there are any.
@@ -40,7 +41,7 @@ TAGS = {
     "a_dead_fraction": "signal/dead",
     "update_ratio": "update/update_ratio",
 }
-EDGE = "gain/edge"
+WAYS = {"edge_gain": "gain/edge", "gap_gain": "gain/gap"}
 
 
 class TensorBoardWriter:
@@ -62,11 +63,12 @@ class TensorBoardWriter:
         for backward, index, row in sample.rows:
             if backward == 0 and index in labels:
                 values |= {f"{tag}/{labels[index]}": row[column] for column, tag in TAGS.items() if column in row}
-            if backward == 0 and "edge_gain" in row:
-                reader = sample.layers[index]
-                parents = [sample.layers[i].short for i in reader.parents]
-                ways = {f"{EDGE}/{reader.short}_from_{p}": v for p, v in zip(parents, row["edge_gain"], strict=True)}
-                values |= {tag: gain for tag, gain in ways.items() if gain is not None}
+            for column, group in WAYS.items():
+                if backward == 0 and column in row:
+                    reader = sample.layers[index]
+                    parents = [sample.layers[i].short for i in reader.parents]
+                    ways = {f"{group}/{reader.short}_from_{p}": v for p, v in zip(parents, row[column], strict=True)}
+                    values |= {tag: gain for tag, gain in ways.items() if gain is not None}
         bins = []
         for index, tensor, told in sample.histograms:
             if index in labels:

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from bpdiag.diagnosis import blocks
-from bpdiag.diagnosis.beginning import forward_scale, saturated
+from bpdiag.diagnosis import between, blocks
+from bpdiag.diagnosis.beginning import forward_scale, logits_saturated, saturated
+from bpdiag.diagnosis.course import chance_level, too_few_steps
+from bpdiag.diagnosis.data import data_order, input_scale, targets
 from bpdiag.diagnosis.expected import expected_gain, surprise, with_band
 from bpdiag.diagnosis.finding import Finding, power
 from bpdiag.diagnosis.flow import exploding, vanishing
@@ -23,9 +25,11 @@ from bpdiag.diagnosis.harm import LUCK
 from bpdiag.diagnosis.interface import loss_interface
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
+from bpdiag.diagnosis.precision import precision
 from bpdiag.diagnosis.structure import correlation_collapse, linear_stack, over_regularized, residual_mismatch
+from bpdiag.diagnosis.symmetry import symmetric_initialization
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
-from bpdiag.diagnosis.updates import stale_gradient, update_too_large, update_too_small
+from bpdiag.diagnosis.updates import dominating_layer, stale_gradient, update_too_large, update_too_small
 from bpdiag.diagnosis.wiring import disconnected
 from bpdiag.trace import Trace, write_json
 
@@ -51,8 +55,14 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "disconnected": disconnected,
     "loss_interface": loss_interface,
     "stale_gradient": stale_gradient,
+    "symmetric_initialization": symmetric_initialization,
+    "input_scale": input_scale,
+    "targets": targets,
+    "data_order": data_order,
+    "precision": precision,
     "update_too_small": update_too_small,
     "saturated": saturated,
+    "logits_saturated": logits_saturated,
     "forward_scale": forward_scale,
     "dead_units": dead_units,
     "residual_mismatch": residual_mismatch,
@@ -62,21 +72,47 @@ DIAGNOSES: dict[str, Callable[[Profile], Iterator[Finding]]] = {
     "over_regularized": over_regularized,
     "linear_stack": linear_stack,
     "correlation_collapse": correlation_collapse,
+    "dominating_layer": dominating_layer,
+    "chance_level": chance_level,
+    "too_few_steps": too_few_steps,
 }
 VERDICTS = {"non_finite": "not finite", "exploding": "blows up"}  # every other harm: dies
+UNEXPLAINED = ("chance_level", "too_few_steps")  # told where nothing else is
 # one fault, one finding: where the first is found, the others are what it does
 CAUSES = {
     "non_finite": ("forward_scale", "exploding", "update_too_large"),
+    "symmetric_initialization": (
+        "vanishing",
+        "exploding",
+        "dead_units",
+        "saturated",
+        "forward_scale",
+        "correlation_collapse",
+    ),
+    "input_scale": (
+        "saturated",
+        "forward_scale",
+        "dead_units",
+        "update_too_large",
+        "exploding",
+        "vanishing",
+        "correlation_collapse",
+        "update_too_small",
+        "targets",
+    ),
+    "targets": ("update_too_large", "update_too_small", "exploding", "vanishing", "dead_units"),
+    "precision": ("non_finite", "vanishing", "update_too_small", "correlation_collapse", "dead_units"),
+    "logits_saturated": ("forward_scale", "exploding"),
     "saturated": ("forward_scale",),
     "stale_gradient": ("update_too_large",),
     "dead_units": ("update_too_large", "correlation_collapse"),
     "update_too_small": ("vanishing", "correlation_collapse"),
     "residual_mismatch": ("exploding", "forward_scale"),
-    "exploding": ("forward_scale",),
-    "vanishing": ("correlation_collapse",),
-    "over_regularized": ("vanishing", "correlation_collapse"),
-    "loss_interface": ("correlation_collapse",),
-    "disconnected": ("correlation_collapse",),
+    "exploding": ("forward_scale", "dominating_layer", "update_too_small"),
+    "vanishing": ("correlation_collapse", "dominating_layer"),
+    "over_regularized": ("vanishing", "correlation_collapse", "dead_units", "exploding", "update_too_large"),
+    "loss_interface": ("correlation_collapse", "exploding", "non_finite"),
+    "disconnected": ("correlation_collapse", "vanishing", "dead_units"),
     "update_too_large": ("correlation_collapse",),
 }
 
@@ -96,15 +132,21 @@ def diagnose(trace: Trace) -> list[Finding]:
         raise ValueError("the trace has no sampled step: nothing was measured")
     p = profile(trace)
     found = [finding for detect in DIAGNOSES.values() for finding in detect(p)]
-    harms = {f.kind for f in found if f.severity == "harm"}
-    explained = {effect for kind in harms for effect in CAUSES.get(kind, ())}
-    flat = harms & {"dead_units", "saturated"}
-    found = [
-        f
-        for f in found
-        if f.kind not in explained and not (flat and f.kind == "vanishing" and f.cause in ("slopes", "alignment"))
-    ]
-    return sorted(found, key=lambda finding: finding.severity != "harm")
+    told = [f for f in found if not any(_explains(cause, f) for cause in found)]
+    return sorted(told, key=lambda finding: finding.severity != "harm")
+
+
+def _explains(cause: Finding, f: Finding) -> bool:
+    """Whether ``f`` is what ``cause`` does; a warning explains no harm."""
+    if f.kind in UNEXPLAINED:
+        return cause.kind not in UNEXPLAINED
+    if cause.severity == "warning" and f.severity == "harm":
+        return False
+    if cause.kind in ("dead_units", "saturated") and f.kind == "vanishing":
+        return f.cause in ("slopes", "alignment")
+    if f.kind == "non_finite" and cause.kind in ("input_scale", "targets"):
+        return f.cause.startswith(("exploding", "diverged"))
+    return f.kind in CAUSES.get(cause.kind, ())
 
 
 def notes(trace: Trace) -> list[str]:
@@ -131,8 +173,9 @@ def notes(trace: Trace) -> list[str]:
     if count := sum(map(bool, skipped)):
         told.append(f"the gradient scaler skipped {count} of {trace.steps_table.num_rows} steps")
     for at in dict.fromkeys([*finite[:1], *finite[-1:]]):  # the theory is of the first
-        if sentence := blocks.in_words(trace, int(at)):
-            told.append(f"at step {trace.sampled_steps[at]} {sentence}")
+        for in_words in (blocks.in_words, between.in_words):
+            if sentence := in_words(trace, int(at)):
+                told.append(f"at step {trace.sampled_steps[at]} {sentence}")
     if apart := {m.layer for m in trace.missing if m.column == "edge_gain"}:
         told.append(f"{len(apart)} layers read where others read too, each over a way that could not be told apart")
     return told

@@ -44,6 +44,17 @@ def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, 
     return cause, evidence
 
 
+def _time_steps(p: Profile, lowest: int) -> int:
+    """How often the module of layer ``lowest`` is called above it, where it and most others are called thrice; else 0.
+
+    A cell unrolled in time: the steps between its calls are one map, over and over.
+    """
+    names = [p.trace.layers[i].name for i in p.lines]
+    above = names[lowest:-1]
+    again = sum(names.count(name) >= 3 for name in above)
+    return above.count(names[lowest]) - 1 if 2 * again > len(above) and names.count(names[lowest]) >= 3 else 0
+
+
 def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Finding]:
     """Vanishing or exploding: the same ledger, read in two directions."""
     told = verdict(p, np.any(harmed, axis=1))
@@ -74,6 +85,9 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
         "step": float(p.steps[at]),
         **evidence,
     }
+    if (times := _time_steps(p, lowest)) > 0:
+        cause, per_layer = "time", decades / times
+        evidence["gain_per_time_step"] = 10**per_layer
     name = p.title(lowest)
     if sign < 0:
         sentence = f"The gradient dies on its way down: {name} receives {power(decades)} of what the output sends."
@@ -94,7 +108,7 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
         expected=expected,
         source="maths of the ledger: ours; variances: He et al. 2015, Schoenholz et al. 2017; harm: measured, ours",
         sentence=sentence,
-        why=_flow_why(evidence, per_layer, p.planned, sign),
+        why=_flow_why(evidence, per_layer, p.planned, sign, "time step" if cause == "time" else "layer"),
     )
 
 
@@ -119,7 +133,7 @@ OWNERS = {
 }
 
 
-def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: int) -> str:
+def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: int, unit: str) -> str:
     """Who takes how much of how much, and why that is too much."""
     shares = {k: evidence[f"share_{k}"] for k in OWNERS}
     ranked = sorted((k for k in shares if shares[k] > 0), key=lambda k: -shares[k])
@@ -136,7 +150,7 @@ def _flow_why(evidence: dict[str, float], per_layer: float, planned: int, sign: 
     if not ranked:
         return f"{limit[0].upper()}{limit[1:]}."
     others = "".join(f", {OWNERS[k]} {percent(shares[k])}" for k in ranked[1:] if shares[k] >= 0.005)
-    much = f"{real(abs(per_layer), 2)} decades a layer are {what}" if math.isfinite(per_layer) else f"All is {what}"
+    much = f"{real(abs(per_layer), 2)} decades a {unit} are {what}" if math.isfinite(per_layer) else f"All is {what}"
     return f"{much}: {OWNERS[ranked[0]]} {verb} {percent(shares[ranked[0]])} of it{others}; {limit}."
 
 
@@ -155,6 +169,11 @@ def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) 
     activations = {layer.activation for layer in p.trace.layers if layer.activation}
     kind = next(iter(activations)) if len(activations) == 1 else "the activation"
     r = next((layer.r for layer in p.trace.layers if layer.r), 1.0)
+    if cause == "time":
+        return (
+            "take a gated cell (nn.LSTM, nn.GRU), orthogonal recurrent weights, or shorter sequences",
+            f"gain per time step from {evidence['gain_per_time_step']:.2g} to about 1",
+        )
     if cause == "weights":
         critical = f"{1 / r**2:.2g}"
         preset = f" (model.weight_variance={'he' if critical == '2' else critical})" if ours else ""

@@ -23,6 +23,9 @@ def harmed_layers(p: Profile) -> tuple[np.ndarray, np.ndarray]:
     * SGD: D < -log10 T: where the top layer stands steps of 1/sqrt(fan_in), this one gets 10^D of them;
     * any optimizer: D < -3 together with a plateau.
 
+    Two are spared while the loss falls: what lies below weights that began at 0 on purpose (a last layer, a branch, an
+    adapter: it grows), and the early calls of a module whose later ones receive enough (a cell unrolled in time).
+
     Too much is D > log10 T and beyond luck (SGD, or any optimizer on a plateau): the rate that the lowest layer stands
     starves the top.
     """
@@ -32,15 +35,45 @@ def harmed_layers(p: Profile) -> tuple[np.ndarray, np.ndarray]:
 def _harm(p: Profile) -> tuple[np.ndarray, np.ndarray]:
     limit = math.log10(p.planned)
     low, open_ = p.decades < -LUCK, ~p.converged[:, None] & p.finite[:, None]
+    shared = _best_call(p)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         best = np.nanmax(np.where(np.isfinite(p.travel), p.travel, np.nan), axis=1, keepdims=True, initial=0.0)
-    still = (p.travel < LEAST_TRAVEL) & (best >= LEAST_TRAVEL)
-    starved = np.zeros_like(low) if not p.sgd_like else p.decades < -limit
+    still = (p.travel < LEAST_TRAVEL) & (best >= LEAST_TRAVEL) & (shared < -LUCK)
+    moving = ~p.plateau | p.falling | p.falling[-1:]
+    growing = _below_a_zero(p) & moving[:, None]
+    starved = np.zeros_like(low) if not p.sgd_like else shared < -limit
     stuck = (p.decades < -ADAM_DECADES) & p.plateau[:, None]
-    vanishing = open_ & low & (still | starved | stuck)
+    vanishing = open_ & low & ~growing & ~_heads(p) & (still | starved | stuck)
     exploding = open_ & (p.decades > max(limit, LUCK)) & (p.plateau[:, None] | p.sgd_like)
     return vanishing, exploding
+
+
+def _best_call(p: Profile) -> np.ndarray:
+    """(S, L) decades of the best of all calls of the layer's module: one weight learns from all of them."""
+    names = np.array([p.trace.layers[i].name for i in p.lines])
+    best = p.decades.copy()
+    for name in {n for n in names if (names == n).sum() > 1}:
+        calls = np.flatnonzero(names == name)
+        best[:, calls] = np.fmax.reduce(p.decades[:, calls], axis=1)[:, None]
+    return best
+
+
+def _heads(p: Profile) -> np.ndarray:
+    """(L,) bool: no weight layer reads it: what a head does not get, it has lost to none."""
+    layers, below = p.trace.layers, set[int]()
+    for i in reversed(range(len(layers))):
+        if layers[i].is_weight_layer or i in below:
+            below.update(layers[i].parents)
+    return np.array([i not in below for i in p.lines], bool)
+
+
+def _below_a_zero(p: Profile) -> np.ndarray:
+    """(L,) bool: a weight that is all 0 at the first sample stands above the layer."""
+    W, there = p.trace.column("W_rms")
+    zeros = np.flatnonzero(there[0] & (W[0] == 0)) if len(W) else np.zeros(0, int)
+    highest = zeros.max(initial=-1)
+    return np.array([i < highest for i in p.lines], bool)
 
 
 def verdict(p: Profile, harmed: np.ndarray) -> tuple[str, np.ndarray, int, float] | None:

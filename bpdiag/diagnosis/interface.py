@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from bpdiag.diagnosis.finding import Finding
 from bpdiag.diagnosis.ledger import Profile
 from bpdiag.trace import Layer
@@ -17,6 +19,7 @@ SHAPES = (
 )  # fmt: skip
 SQUASHES = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")  # logits held within a unit or two
 CLIPS = ("relu", "relu6", "hardswish")
+FELL = 2.0  # times its first value, below 0: what a bounded loss cannot do for long
 PAIRED = ("mseloss", "l1loss", "smoothl1loss", "huberloss")  # compare element by element
 
 
@@ -27,25 +30,57 @@ def loss_interface(p: Profile) -> Iterator[Finding]:
     a net may learn in spite of it, slowly or up to a bound.
     """
     path = _path(p)
+    if _is_turned_round(p, path):
+        yield _finding(
+            p,
+            "the loss is turned round: its negative is minimized",
+            "a minus stands before it, and it falls without end",
+            "Each step makes the answers worse: the loss that was meant rises as fast.",
+            "drop the minus before the loss",
+            "a loss that falls towards 0 and stays above it",
+            len(path),
+        )
+        return
     for n, step in enumerate(path):
         told = _misfit(path[:n], step)
         if told is not None:
-            cause, sentence, why, remedy, expected = told
-            end = _end(p)
-            yield Finding(
-                kind="loss_interface",
-                severity="warning" if p.converged[-1] and p.losses[-1] >= 0 else "harm",
-                layers=(end.key,) if end else (),
-                onset_step=int(p.steps[0]),
-                cause=cause,
-                evidence={"loss": float(p.losses[-1]), "operations": float(len(path))},
-                confidence=1.0,
-                remedy=remedy,
-                expected=expected,
-                source="autograd's graph between output and loss: structure, no threshold",
-                sentence=f"The loss does not fit the output: {sentence}.",
-                why=why,
-            )
+            yield _finding(p, *told, len(path))
+
+
+def _finding(p: Profile, cause: str, sentence: str, why: str, remedy: str, expected: str, operations: int) -> Finding:
+    end = _end(p)
+    return Finding(
+        kind="loss_interface",
+        severity="warning" if p.converged[-1] and p.losses[-1] >= 0 else "harm",
+        layers=(end.key,) if end else (),
+        onset_step=int(p.steps[0]),
+        cause=cause,
+        evidence={"loss": float(p.losses[-1]), "operations": float(operations)},
+        confidence=1.0,
+        remedy=remedy,
+        expected=expected,
+        source="autograd's graph between output and loss: structure, no threshold",
+        sentence=f"The loss does not fit the output: {sentence}.",
+        why=why,
+    )
+
+
+def _is_turned_round(p: Profile, path: list[dict[str, Any]]) -> bool:
+    """Whether the path ends with one of torch's losses and a minus, and what was told is below 0 and went on falling.
+
+    A critic's loss, or one whose log is taken by hand, has its minus elsewhere.
+    """
+    ops = [step["op"] for step in path]
+    ends = ops[-2:] if len(ops) > 1 else []
+    losses = p.trace.losses[1]
+    losses = losses[np.isfinite(losses)]
+    known = bool(ends) and (ends[0] in PAIRED or ends[0].startswith(("nllloss", "crossentropy", "binarycross")))
+    return (
+        known
+        and ends[1] in ("neg", "mul", "div")
+        and len(losses) > 1
+        and bool(losses[0] < 0 and losses.min() < FELL * losses[0])
+    )
 
 
 def _end(p: Profile) -> Layer | None:

@@ -22,6 +22,7 @@ from bpdiag.trace import Trace
 ASSUMED_STEPS = 1_000  # the horizon T where none was planned
 CONVERGED = 0.1  # of ln K or of the first loss
 FLAT = 0.02  # of the first loss: less of a fall in half the run is a plateau
+ROSE = 10.0  # times its first value: a loss that diverges
 SMALLEST = 1e-30  # a cotangent so small may underflow in float32 whatever the layer does
 WINDOW = 5  # samples that an update ratio is the median of
 
@@ -41,6 +42,7 @@ class Profile:
     losses: np.ndarray  # (S,) mean of the last ones
     converged: np.ndarray  # (S,) bool
     plateau: np.ndarray  # (S,) bool
+    falling: np.ndarray  # (S,) bool: the loss fell by 2 % of guessing or more in the second half of the steps so far
     planned: int
     sgd_like: bool
 
@@ -81,7 +83,7 @@ def _profile(trace: Trace) -> Profile:
     with np.errstate(all="ignore"):
         ledger = _ledger(trace, lines, gain)
         travel = _travel(trace, lines, pick("update_ratio"))
-    losses, converged, plateau = _course(trace, lines)
+    losses, converged, plateau, falling = _course(trace, lines)
     return Profile(
         trace=trace,
         lines=lines,
@@ -94,6 +96,7 @@ def _profile(trace: Trace) -> Profile:
         losses=losses,
         converged=converged,
         plateau=plateau,
+        falling=falling,
         planned=horizon(trace),
         sgd_like=bool(trace.meta.get("optimizer", {}).get("sgd_like", True)),
     )
@@ -144,6 +147,21 @@ def _activation_factor(trace: Trace, way: list[int], j: int, log: Callable[[str,
     return log("g_z_norm", below) - log("g_a_norm", j)
 
 
+def classes(trace: Trace, lines: list[int]) -> int:
+    """K, what a softmax of the loss chooses among; without one the outputs of the last layer."""
+    for step in reversed(trace.meta.get("loss_path") or []):
+        if step["op"] == "LogSoftmax" and "dim" in step:
+            return int(step["shape"][step["dim"]])
+    return (trace.layers[lines[-1]].units if lines else None) or 1
+
+
+def rose(trace: Trace) -> bool:
+    """Whether the loss has risen to ten times its first value."""
+    losses = trace.losses[1]
+    losses = losses[np.isfinite(losses)]
+    return len(losses) > 1 and bool(0 < ROSE * losses[0] < losses.max())
+
+
 def horizon(trace: Trace) -> int:
     """T, the steps planned; 1,000 where none were given."""
     return int(trace.meta.get("planned_steps") or ASSUMED_STEPS)
@@ -160,10 +178,10 @@ def _travel(trace: Trace, lines: list[int], ratio: np.ndarray) -> np.ndarray:
     recent = np.full((WINDOW, *ratio.shape), np.nan)
     for k in range(min(WINDOW, len(ratio))):
         recent[k, k:] = ratio[: len(ratio) - k]
-    recent.sort(axis=0)  # nan, none or not yet, last
-    count = (~np.isnan(recent)).sum(0)
-    low, high = (np.take_along_axis(recent, at[None], 0)[0] for at in ((count - 1).clip(0) // 2, count // 2))
-    usual = (low + high) / 2  # of none: nan
+    recent.sort(axis=0)  # nan last
+    known = (~np.isnan(recent)).sum(axis=0)[None]
+    middle = [np.take_along_axis(recent, np.maximum(known + k, 0) // 2, axis=0)[0] for k in (-1, 0)]
+    usual = (middle[0] + middle[1]) / 2  # of a layer without any update nan
     fan_in = np.array([trace.layers[i].fan_in or 1 for i in lines], float)
     return horizon(trace) * usual * np.sqrt(fan_in)
 
@@ -177,8 +195,8 @@ def _finite(trace: Trace) -> np.ndarray:
     return ok
 
 
-def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(S,) each: the mean of the last losses at a sampled step; whether it has converged; whether it is stuck.
+def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, ...]:
+    """(S,) each: the mean of the last losses at a sampled step; whether it has converged, is stuck, is falling.
 
     Guessing costs ln K, K the outputs, where the loss is a cross-entropy.  Converged: below a tenth of that, or below a
     tenth of its first value and half of that (a start far above guessing makes guessing no merit).  A plateau, of 20
@@ -189,21 +207,24 @@ def _course(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray, np.
     count = np.searchsorted(steps, trace.sampled_steps, side="right")
     if not len(losses) or not lines:
         nothing = np.zeros(len(count), bool)
-        return np.full(len(count), np.nan), nothing, nothing
-    total = np.concatenate([[0.0], np.cumsum(losses)])
+        return np.full(len(count), np.nan), nothing, nothing, nothing
+    padded = np.append(losses, 0.0)
 
     def mean_to(end: np.ndarray, width: np.ndarray) -> np.ndarray:
+        """Of the losses before ``end``; each sum for itself: one of 1e17 would drown the others in a running one."""
         start = np.maximum(end - width, 0)
-        return (total[end] - total[start]) / np.maximum(end - start, 1)
+        sums = np.add.reduceat(padded, np.stack([start, end], axis=1).ravel())[::2]
+        return np.where(end > start, sums / np.maximum(end - start, 1), 0.0)
 
     width = np.maximum(10, count // 10)
     now, half_way = mean_to(count, width), mean_to(count // 2, width)
-    first, classes = losses[0], trace.layers[lines[-1]].units or 1
-    kind = trace.meta.get("loss", "cross_entropy" if first >= math.log(classes) / 2 else "unknown")
-    guessing = math.log(classes) if kind == "cross_entropy" and losses.min() >= 0 else 0.0
+    first, among = losses[0], classes(trace, lines)
+    kind = trace.meta.get("loss", "cross_entropy" if first >= math.log(among) / 2 else "unknown")
+    guessing = math.log(among) if kind == "cross_entropy" and losses.min() >= 0 else 0.0
     low = (now < CONVERGED * guessing) | ((now < CONVERGED * first) & ((guessing == 0) | (now < guessing / 2)))
     converged = (count > 0) & low & (first > 0)
     stands = min(first, guessing) if guessing > 0 else first
-    flat = (half_way - now < FLAT * stands) & (now > stands / 2)
+    falling = half_way - now >= FLAT * stands
+    flat = ~falling & (now > stands / 2)
     plateau = (count >= 20) & (flat | (now > (1 - CONVERGED) * stands))
-    return np.where(count > 0, now, np.nan), converged, plateau
+    return np.where(count > 0, now, np.nan), converged, plateau, falling

@@ -7,11 +7,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from bpdiag.diagnosis.beginning import guessing_loss
 from bpdiag.diagnosis.finding import Finding
-from bpdiag.diagnosis.ledger import Profile
+from bpdiag.diagnosis.interface import SHAPES
+from bpdiag.diagnosis.ledger import Profile, rose
 from bpdiag.trace import Trace
 
 GROWN = 2.0  # forward gain a layer; at the critical weights it is 1
+HUGE = 1e3  # times ln K: a first loss beyond
+# operations that are finite where their slope is not, or that a finite number takes to infinity; the likelier first
+STEEP = (
+    "sqrt", "rsqrt", "log", "norm", "linalgvectornorm", "cdist", "acos", "asin", "reciprocal", "div", "pow", "log2",
+    "log10", "prod", "atan2", "exp", "softmax", "logsoftmax", "where",
+)  # fmt: skip
+ATTENTION = ("multiheadattention", "transformerencoderlayer", "transformerdecoderlayer", "softmax")
+SAFE = ("output", "sub", "rsub", "pow", "mul", "mean", "sum", "abs", "mseloss", "l1loss", "smoothl1loss", "huberloss")
 
 
 def non_finite(p: Profile) -> Iterator[Finding]:
@@ -26,6 +36,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     last_good = int(max(good)) if good else -1
     evidence: dict[str, float] = {"last_finite_step": float(last_good), "first_nonfinite_step": float(first)}
     layers: tuple[str, ...] = ()
+    op = names = ""
     cause, where = "not sampled", "in the loss, in a step that was not sampled"
     if first in p.steps:
         cause, where = "loss", "in the loss, every layer being finite"
@@ -33,6 +44,14 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         at = int(np.searchsorted(p.steps, bad_samples[0]))
         evidence["sampled_step"] = float(bad_samples[0])
         index, cause, makers = _first_bad_call(trace, at)
+        if cause == "backward" and _bad_target(trace, at):
+            cause = "target"
+        elif cause in ("backward", "loss"):
+            op = _steepest(trace, makers if index is not None and makers != [index] else [])
+        elif cause == "forward" and index is not None:
+            made_between = not math.isfinite(trace.value("x_rms", index, at) or 0.0)
+            attends = trace.layers[index].kind in ATTENTION
+            op = _steepest(trace, makers) if made_between else "softmax" if attends else ""
         if index is not None:
             layers = tuple(trace.layers[i].key for i in makers)
             names = " or ".join(trace.layers[i].title for i in makers)
@@ -51,12 +70,28 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         gains = gains[np.isfinite(gains) & (gains > 0)]
         if gains.size:
             evidence["forward_gain"] = float(np.exp(np.median(np.log(gains))))
+    tame = losses[np.isfinite(losses)]
+    first_loss, highest = (tame[0], tame.max()) if tame.size else (math.nan, math.nan)
     rate = trace.meta.get("optimizer", {}).get("lr", math.nan)
     evidence["learning_rate"] = float(rate)
     grown = evidence.get("forward_gain", 1.0)
-    explodes = cause in ("forward", "weights") and grown > GROWN
+    # a first loss so large is the forward pass's, also where no single gain could be told
+    huge = tame.size > 0 and bool(p.lines) and first_loss > HUGE * guessing_loss(p)
+    explodes = cause in ("forward", "weights") and (grown > GROWN or huge)
+    diverged = not explodes and cause not in ("input", "target") and rose(trace)
+    blamed = f"{cause} of {op}" if op and not diverged else cause
     if cause == "input":
         remedy, expected = "repair or drop the samples that are not finite", "every number finite"
+    elif cause == "target":
+        remedy, expected = "repair or drop the samples whose target is not finite", "every number finite"
+    elif op == "softmax" and not diverged:
+        remedy = "let every row of the mask see something, if only itself: a softmax over nothing is 0/0"
+        expected = "every number finite, with the same learning rate"
+    elif not op and not explodes and cause == "forward" and first == 0:
+        remedy, expected = f"look inside {names}: a division by 0, a log of 0, an overflow", "every number finite"
+    elif op and not diverged:
+        remedy = f"keep what {op} is given off its pole: add a small number inside, or choose by a where before it too"
+        expected = "every number finite, with the same learning rate"
     elif explodes:
         remedy = "initialize at the critical weight variance, 2/fan_in for relu, 1/fan_in for tanh"
         expected = f"forward gain per layer from {grown:.2g} to 1"
@@ -70,7 +105,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         severity="harm",
         layers=layers,
         onset_step=first,
-        cause=f"exploding {cause}" if explodes else cause,
+        cause=f"exploding {cause}" if explodes else f"diverged: steps too large, then {cause}" if diverged else blamed,
         evidence=evidence,
         confidence=1.0,
         remedy=remedy,
@@ -78,8 +113,33 @@ def non_finite(p: Profile) -> Iterator[Finding]:
         source="ours",
         sentence=f"The numbers are not finite from step {first}: first seen {where}.",
         why=(f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.")
-        + (f" Each layer multiplies what passes by {grown:.2g}." if explodes else ""),
+        + (f" There stands {op}, whose value or slope has a pole." if op and not diverged else "")
+        + (
+            f" Each layer multiplies what passes by {grown:.2g}; the first loss was {first_loss:.3g}."
+            if explodes
+            else ""
+        )
+        + (f" Before, the loss rose from {first_loss:.3g} to {highest:.3g}." if diverged else ""),
     )
+
+
+def _bad_target(trace: Trace, at: int) -> bool:
+    """Whether the loss was given a target that is not finite: told by itself, or by a loss that nothing else spoils."""
+    told = trace.steps_table.filter(trace.steps_table["step"].to_numpy() == trace.sampled_steps[at]).to_pylist()
+    size = told[0]["target_rms"] if told else None
+    ops = [step["op"].lower() for step in trace.meta.get("loss_path") or []]
+    if size is not None:
+        return not math.isfinite(size)
+    loss = told[0]["loss"] if told else None
+    return bool(ops) and set(ops) <= {*SAFE, *SHAPES} and loss is not None and math.isnan(loss)
+
+
+def _steepest(trace: Trace, makers: list[int]) -> str:
+    """The operation most likely to have a pole, of those inside these calls and below them, else of the loss's."""
+    ops = [op for i in makers for op in trace.layers[i].ops]
+    ops = ops or [step["op"] for step in trace.meta.get("loss_path") or []]
+    there = {op.lower().replace("_", "") for op in ops}
+    return next((op for op in STEEP if op in there), "")
 
 
 _PLACES = {
@@ -87,6 +147,7 @@ _PLACES = {
     "forward": "in the output of",
     "weights": "in the weights of",
     "backward": "in the cotangent of",
+    "target": "in the target given to the loss of",
 }
 
 

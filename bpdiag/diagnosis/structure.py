@@ -15,6 +15,10 @@ from bpdiag.diagnosis.ledger import Profile
 SAME = 1e-6  # of a slope factor from 1: what lies between changed no number
 ALIKE = math.exp(-6)  # 1 - c: six correlation lengths (Schoenholz et al. 2017, section 5: trainable to about six)
 APART = 0.01  # 1 - c of the data: below, they are alike themselves
+DECOUPLED = ("AdamW", "NAdamW", "Lion")  # decay beside a step of fixed size
+BALANCE = 1 / 3  # of Adam's step: decay at balance with gradients of one sign takes all of it, with mixed ones a part
+SHRUNK = 0.1  # of their first size: weights do not shrink so by learning
+KEPT = 0.2  # of the units: dropout's usual 0.1 to 0.5 keep half or more
 IDLE = 0.01  # of 1/blocks: branches whose squared gain is less add nothing (1 + beta^2)^blocks = 1.01
 
 
@@ -93,7 +97,7 @@ def residual_mismatch(p: Profile) -> Iterator[Finding]:
 def correlation_collapse(p: Profile) -> Iterator[Finding]:
     """All samples look alike to the head (1 - c < e^-6) and the loss stands still."""
     cosine = p.trace.column("z_cosine")[0][:, p.lines]
-    if len(p.lines) < 3:
+    if len(p.lines) < 3 or not _is_read_alone(p):
         return
     alike = (1 - cosine[:, -2] < ALIKE) & (1 - cosine[:, 0] > APART) & p.plateau & p.finite & ~p.converged
     told = verdict(p, alike)
@@ -117,14 +121,99 @@ def correlation_collapse(p: Profile) -> Iterator[Finding]:
     )
 
 
-def over_regularized(p: Profile) -> Iterator[Finding]:
-    """Weight decay pulls harder than the loss: lambda |W| > |g_W| in most layers, and the loss stands still."""
+def _dropped(p: Profile) -> Iterator[Finding]:
+    """Dropout that keeps under a fifth: what it lets pass is enlarged by 1/sqrt(kept), which tells the share."""
+    z = p.trace.column("z_norm")[0]
+    into = {"z": z, "a": p.trace.column("a_norm")[0]}
+    rows = [i for i, layer in enumerate(p.trace.layers) if layer.kind.endswith("dropout") and len(layer.parents) == 1]
+    if not rows or not p.plateau[-1] or p.converged[-1] or not p.finite.any():
+        return
+    kept = {}
+    for i in rows:
+        below = p.trace.layers[i].parents[0]
+        fed = np.where(np.isfinite(into["a"][:, below]), into["a"][:, below], into["z"][:, below])
+        ratio = (fed / z[:, i]) ** 2
+        if np.isfinite(ratio).any():
+            kept[i] = float(np.median(ratio[np.isfinite(ratio)]))
+    low = [i for i, share in kept.items() if share < KEPT]
+    if not low:
+        return
+    least = min(kept[i] for i in low)
+    yield Finding(
+        kind="over_regularized",
+        severity="harm",
+        layers=tuple(p.trace.layers[i].key for i in low),
+        onset_step=int(p.steps[0]),
+        cause="dropout",
+        evidence={"kept": least, "loss": float(p.losses[-1])},
+        confidence=1.0,
+        remedy=f"lower the dropout from about {1 - least:.2g} to 0.5 or less (its p is the share dropped)",
+        expected=f"share of units kept from {percent(least)} to 50 % or more",
+        source="Srivastava et al. 2014, section 7.3: best between .4 and .8 kept, and .8 of the input",
+        sentence=f"Dropout leaves {percent(least)} of the units at {p.trace.layers[low[0]].title}.",
+        why=f"What is kept differs from step to step and is enlarged {1 / math.sqrt(least):.1f} times in rms.",
+    )
+
+
+def _shrunk(p: Profile) -> Iterator[Finding]:
+    """Weights drawn to 0, by the optimizer's decay or by a penalty in the loss."""
+    if not p.lines or not p.finite.any():
+        return
     decay = float(p.trace.meta.get("optimizer", {}).get("weight_decay", 0.0) or 0.0)
-    if not decay or not p.sgd_like or not p.lines:
+    by = "weight decay" if decay else "a penalty in the loss"
+    W = p.trace.column("W_rms")[0][:, p.lines]
+    first = W[0]
+    with np.errstate(all="ignore"):
+        share = np.where(first > 0, W / first, np.nan)
+    small = (np.nan_to_num(share, nan=1.0) < SHRUNK).sum(axis=1) * 2 > np.isfinite(first).sum()
+    told = verdict(p, small & p.plateau & p.finite & ~p.converged)
+    if told is None or told[0] != "harm":
+        return
+    _, quote, onset, confidence = told
+    left = float(np.nanmedian(share[quote]))
+    yield Finding(
+        kind="over_regularized",
+        severity="harm",
+        layers=p.names(range(len(p.lines))),
+        onset_step=onset,
+        cause=f"weights drawn to 0: {by}",
+        evidence={"weights_left": left, "weight_decay": decay, "loss": float(p.losses[quote[-1]])},
+        confidence=confidence,
+        remedy=f"lower {by} a hundredfold" + (f", from {decay:.2g} to {decay / 100:.2g}" if decay else ""),
+        expected=f"rms of the weights from {percent(left)} of what they began with to about as much",
+        source="ours",
+        sentence=f"The weights shrink to nothing: {percent(left)} of their first size is left.",
+        why=f"The loss stands at {p.losses[quote[-1]]:.3g}: something pulls them to 0.",
+    )
+
+
+def _is_read_alone(p: Profile) -> bool:
+    """Whether the last layer reads the one below and nothing else: a head that reads a sum does not."""
+    below, last = (p.trace.layers[i] for i in p.lines[-2:])
+    way = [*(p.trace.layers[i] for i in below.via), last]
+    return below.next == p.lines[-1] and all(len(layer.parents) == 1 for layer in way)
+
+
+def over_regularized(p: Profile) -> Iterator[Finding]:
+    """Weight decay pulls harder than the loss in most layers, or dropout leaves next to nothing; the loss stands still.
+
+    SGD: lambda |W| > |g_W|.  AdamW, whose own step has the size of 1 an element whatever the gradient: lambda rms(W)
+    above a third, where the two have come to balance.  A penalty inside the loss: most weights are under a tenth of
+    their first size.  Dropout: less than a fifth of the units are kept.
+    """
+    yield from _dropped(p)
+    shrunk = list(_shrunk(p))
+    yield from shrunk
+    if shrunk:
+        return
+    optimizer = p.trace.meta.get("optimizer", {})
+    decay = float(optimizer.get("weight_decay", 0.0) or 0.0)
+    decoupled = optimizer.get("name") in DECOUPLED
+    if not decay or not (p.sgd_like or decoupled) or not p.lines:
         return
     sizes = np.array([math.sqrt((p.trace.layers[i].fan_in or 1) * (p.trace.layers[i].units or 1)) for i in p.lines])
     pull = decay * p.trace.column("W_rms")[0][:, p.lines] * sizes
-    push = p.trace.column("g_W_norm")[0][:, p.lines]
+    push = p.trace.column("g_W_norm")[0][:, p.lines] if not decoupled else np.broadcast_to(sizes * BALANCE, pull.shape)
     share = np.nanmean(np.where(np.isfinite(push), pull > push, np.nan), axis=1) if push.size else np.zeros(0)
     told = verdict(p, (share > 0.5) & p.plateau & p.finite & ~p.converged)
     if told is None or told[0] != "harm":

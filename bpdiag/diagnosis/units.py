@@ -12,6 +12,7 @@ import numpy as np
 from bpdiag.diagnosis.finding import Finding, percent
 from bpdiag.diagnosis.harm import harmed_layers, verdict
 from bpdiag.diagnosis.ledger import Profile
+from bpdiag.diagnosis.updates import MOST_REACH
 
 SQUISHED = -0.5  # log10(rms slope / largest): nine elements in ten pass under 5 %
 MOST = 0.5  # of a layer's units
@@ -37,7 +38,7 @@ def dead_units(p: Profile) -> Iterator[Finding]:
         severity=worst.severity,
         layers=tuple(case.key for case in alike),
         onset_step=min(case.onset for case in alike),
-        cause="every sample falls where the activation is flat",
+        cause=_cause(p, worst),
         evidence={
             "dead_fraction": worst.dead,
             "dead_by_chance": worst.chance,
@@ -52,6 +53,15 @@ def dead_units(p: Profile) -> Iterator[Finding]:
         sentence=f"{share} of {name}'s units are dead{others}: no sample of {batches} batches wakes them.",
         why=f"Chance alone would silence {chance}.",
     )
+
+
+def _cause(p: Profile, case: _Case) -> str:
+    """What silenced them: the first update, where it could overwrite the layer; else where they lie."""
+    fed = [i for _, i, j in _activations(p) if j == case.line]
+    reach = case.first_update * math.sqrt(p.trace.layers[fed[0]].fan_in or 1) if fed else math.nan
+    if reach > MOST_REACH and case.onset > 0:
+        return "learning rate too large: the first updates push every sample where the activation is flat"
+    return "every sample falls where the activation is flat"
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,8 @@ def _judge(p: Profile, at: int, i: int, j: int) -> _Case | None:
     size = np.nan_to_num(p.ledger["slopes"][:, at] - math.log10(largest), nan=0.0)  # log10(rms slope / largest)
     weightless = p.trace.column("W_rms")[0][:, i] == 0  # silent for another reason: nothing arrives
     most = there & p.finite & (dead > MOST) & ~weightless
+    if not most.any() and not harmed_layers(p)[0].any():
+        return None
     blocked = (
         there & ~weightless & harmed_layers(p)[0][:, : at + 1].any(1) & ((size < SQUISHED) | (most & _slopes_lead(p)))
     )

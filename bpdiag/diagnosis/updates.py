@@ -12,7 +12,11 @@ from bpdiag.diagnosis.harm import LEAST_TRAVEL, harmed_layers, verdict
 from bpdiag.diagnosis.ledger import WINDOW, Profile
 
 MOST_REACH = 1.0  # of a step: rms(dW)/rms(W) sqrt(fan_in); at 1 one step moves an output by its own size
+FIRST_REACH = 1.5  # of the very first step, where no other is known: up to 1.4 nets got over it
 STALE = 0.5  # of what the optimizer meets is older than this step
+LAYERS, FEW_LAYERS = 5, 2.0  # of fewer one always has much; the norm is of fewer than two
+CLIPPED = 0.99  # of its norm is left: less was clipped
+WORSE = 1.5  # times the first loss: it has risen
 SHORT = 100  # steps: in fewer nothing is expected to move far
 RISING = 1.5  # a learning rate that has grown so much since the first sample is being warmed up
 
@@ -26,7 +30,7 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
     u = p.trace.column("update_ratio")[0][:, p.lines]
     arrived = np.nan_to_num(p.trace.column("g_W_norm")[0][:, p.lines]).max(axis=1, initial=0) > 0
     measured = np.isfinite(u).any(axis=1)
-    rates = _learning_rates(p)
+    rates = p.trace.told("learning_rate")
     rising = rates > RISING * rates[0] if rates[0] > 0 else rates > 0
     far = np.where(np.isfinite(p.travel), p.travel, 0).max(axis=1, initial=0)
     still = measured & arrived & ~p.converged & p.finite & (far < LEAST_TRAVEL) & ~rising
@@ -38,6 +42,8 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
     if not none and (p.planned < SHORT or harmed_layers(p)[0][quote].any()):
         return  # too short a run, or too little arrives: that is why
     rate = float(np.median(rates[quote]))
+    if none and p.trace.column("dW_rounded_fraction")[1][quote].any() and rate != 0:
+        return  # the number format's doing
     cause = "learning rate 0" if none and rate == 0 else "updates rounded away" if none else "learning rate too small"
     most = float(np.median(far[quote]))
     moved = "no weight has changed" if none else f"no layer can move its output by more than {most:.1g} of itself"
@@ -75,23 +81,25 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
 
 
 def update_too_large(p: Profile) -> Iterator[Finding]:
-    """Steps larger than what they change, and a loss that stands or has risen."""
+    """Steps larger than what they change, and a loss that stands or has risen; of one step alone, larger ones still."""
+    alone = len(p.steps) == 1 and p.steps[0] == 0
+    if len(p.steps) < 2 * WINDOW and not alone:
+        return
+    first = p.losses[0]
+    worse = p.finite & (alone | (p.plateau | (p.losses > WORSE * first)) & ~p.converged)
+    if not worse.any():
+        return
     fan_in = np.array([p.trace.layers[i].fan_in or 1 for i in p.lines], float)
-    reach = p.trace.column("update_ratio")[0][:, p.lines] * np.sqrt(fan_in)
-    usual = np.full_like(reach, np.nan)
-    for s in range(len(reach)):
-        window = reach[max(0, s - 2 * WINDOW + 1) : s + 1]
-        usual[s] = np.median(np.nan_to_num(window), axis=0)
-    first = p.losses[0] if len(p.losses) else math.nan
-    worse = p.plateau | (p.losses > 1.5 * first)
-    too_far = (usual > MOST_REACH) & (worse & ~p.converged & p.finite)[:, None]
-    told = verdict(p, too_far.any(axis=1)) if len(p.steps) >= 2 * WINDOW else None
+    reach = np.nan_to_num(p.trace.column("update_ratio")[0][:, p.lines] * np.sqrt(fan_in))
+    usual = reach if alone else _usual(reach)
+    too_far = (usual > (FIRST_REACH if alone else MOST_REACH)) & worse[:, None]
+    told = verdict(p, too_far.any(axis=1))
     if told is None or told[0] != "harm":
         return
     _, quote, onset, confidence = told
     where = np.flatnonzero(too_far[quote].mean(axis=0) >= 0.5)
     most = float(np.median(usual[quote].max(axis=1)))
-    rate = float(np.median(_learning_rates(p)[quote]))
+    rate = float(np.median(p.trace.told("learning_rate")[quote]))
     less = f"{rate / most / 10:.1g}"
     yield Finding(
         kind="update_too_large",
@@ -106,6 +114,52 @@ def update_too_large(p: Profile) -> Iterator[Finding]:
         source="reach, ours: u sqrt(fan_in) bounds the relative change of an output in one step",
         sentence=f"Every step overwrites what it meets: it can move an output by {most:.2g} of itself.",
         why=f"The loss went from {first:.3g} to {p.losses[quote[-1]]:.3g}.",
+    )
+
+
+def _usual(reach: np.ndarray) -> np.ndarray:
+    """The median of the last ten samples."""
+    begun = np.stack([np.median(reach[: s + 1], axis=0) for s in range(2 * WINDOW - 1)])
+    windows = np.lib.stride_tricks.sliding_window_view(reach, 2 * WINDOW, axis=0)
+    return np.concatenate([begun, np.median(windows, axis=2)])
+
+
+def dominating_layer(p: Profile) -> Iterator[Finding]:
+    """Of five layers or more one has nearly all of the gradient's norm, which a clip holds down for all.
+
+    (sum n^2)^2 / sum n^4 < 2, n = |g_W| of a layer: how many layers the norm is of.  Only where gradients are clipped:
+    else each layer takes its step for itself.  A warning.
+    """
+    raw, met = (p.trace.column(name)[0][:, p.lines] for name in ("g_W_raw_norm", "g_W_norm"))
+    with np.errstate(all="ignore"):
+        clipped = np.nansum(met**2, axis=1) < CLIPPED**2 * np.nansum(raw**2, axis=1)
+        count = np.nansum(raw**2, axis=1) ** 2 / np.nansum(raw**4, axis=1)
+    if len(p.lines) < LAYERS or p.trace.meta.get("processes", 1) > 1:
+        return
+    told = verdict(p, clipped & (count < FEW_LAYERS) & p.finite & ~p.converged)
+    if told is None or told[0] != "harm":
+        return
+    _, quote, onset, confidence = told
+    share = np.nanmedian(raw[quote] ** 2 / np.nansum(raw[quote] ** 2, axis=1, keepdims=True), axis=0)
+    most = int(np.nanargmax(share))
+    yield Finding(
+        kind="dominating_layer",
+        severity="warning",
+        layers=p.names([most]),
+        onset_step=onset,
+        cause="one norm clipped for all layers",
+        evidence={
+            "layers_in_the_norm": float(np.median(count[quote])),
+            "share": float(share[most]),
+            "clipped_to": float(np.median(np.sqrt(np.nansum(met[quote] ** 2, 1) / np.nansum(raw[quote] ** 2, 1)))),
+            "loss": float(p.losses[quote[-1]]),
+        },
+        confidence=confidence,
+        remedy="clip layer by layer, or mend the one layer",
+        expected=f"layers in the norm from {float(np.median(count[quote])):.1f} to {FEW_LAYERS:g} or more",
+        source="ours: the participation ratio of the squared norms",
+        sentence=f"{p.title(most)} has {percent(float(share[most]))} of the squared gradient; a clip holds all down.",
+        why="What one layer sends beyond the limit is taken from the steps of all others.",
     )
 
 
@@ -138,10 +192,3 @@ def stale_gradient(p: Profile) -> Iterator[Finding]:
         sentence="Every step adds its gradient to those of all steps before: the optimizer follows their sum.",
         why=f"Before its backward .grad holds {percent(min(typical, 9.99))} of the norm that the optimizer meets.",
     )
-
-
-def _learning_rates(p: Profile) -> np.ndarray:
-    """(S,) of the first optimizer, where it is known; else nan."""
-    told = dict(zip(*(p.trace.steps_table[name].to_pylist() for name in ("step", "learning_rate")), strict=True))
-    rates = [told.get(int(step)) for step in p.steps]
-    return np.array([math.nan if rate is None else rate for rate in rates])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from bpdiag.diagnosis.finding import Finding
@@ -11,6 +12,8 @@ from bpdiag.diagnosis.ledger import Profile
 UNOWNED = "receives gradient, in no module of the model"
 LEFT_OUT = "in no optimizer, so never updated"
 STRANGER = "in an optimizer, in no module of the model"
+NEVER = "no gradient arrived at this weight"  # why a gradient is missing (hooks.weights)
+CUT = "cut off: called, and no gradient came back; above it reads what has no graph: "
 
 
 def disconnected(p: Profile) -> Iterator[Finding]:
@@ -21,12 +24,16 @@ def disconnected(p: Profile) -> Iterator[Finding]:
     optimizer.  Harm where the optimizer holds others in their place (a layer replaced after it was made) or where the
     loss stands still; else a warning, as for a head trained alone on a body that nobody froze.
     """
+    if _is_severed(p):
+        yield _severed(p)
+        return
     listed = p.trace.meta.get("unseen") or []
     by_reason = {
         reason: [line["name"] for line in listed if line["what"] == "parameter" and line["reason"].startswith(reason)]
         for reason in (UNOWNED, LEFT_OUT, STRANGER)
     }
     still = bool(len(p.plateau) and p.plateau[-1])
+    yield from _cut(p, [line for line in listed if line["reason"].startswith(CUT)])
     if unowned := by_reason[UNOWNED]:
         yield _finding(
             p,
@@ -49,6 +56,56 @@ def disconnected(p: Profile) -> Iterator[Finding]:
             why if replaced else "What is meant to stay as it is says so with requires_grad_(False).",
             "make the optimizer after the model is complete, from all its parameters",
         )
+
+
+def _is_severed(p: Profile) -> bool:
+    """Whether losses were told and an optimizer stepped, and no layer that asks for gradient ever had one."""
+    owed = {p.trace.layers[i].key for i in p.trace.weight_layers()}
+    without = {f"{m.layer}#{m.call}" for m in p.trace.missing if m.column == "g_W_norm" and m.reason == NEVER}
+    told = len(p.trace.losses[0]) and p.trace.meta.get("optimizer")
+    return bool(told and owed and owed == without and not p.lines and not p.trace.column("g_W_norm")[1].any())
+
+
+def _severed(p: Profile) -> Finding:
+    layers = [p.trace.layers[i] for i in p.trace.weight_layers()]
+    found = _finding(
+        p,
+        "cut: the loss has no graph down to the net",
+        "harm",
+        [layer.name for layer in layers],
+        f"No gradient leaves the loss: none of {len(layers)} layers ever receives one.",
+        "What backward was called on was not computed from the net's output: a number taken out and made a tensor "
+        "again (.item(), torch.tensor, numpy), a detach, or no_grad around the forward pass.",
+        "call backward on the loss as computed from the net's output",
+    )
+    evidence = {"layers": float(len(layers)), "loss": float(p.trace.losses[1][-1])}
+    return dataclasses.replace(found, layers=tuple(layer.key for layer in layers), evidence=evidence)
+
+
+def _cut(p: Profile, lines: list[dict[str, str]]) -> Iterator[Finding]:
+    """Layers that an optimizer has and no gradient reaches, below one that reads numbers without a graph."""
+    if not lines:
+        return
+    names = [line["name"] for line in lines]
+    above = next((layer for layer in p.trace.layers if layer.name == lines[0]["reason"].removeprefix(CUT)), None)
+    title = above.title if above else lines[0]["reason"].removeprefix(CUT)
+    below = f"{names[0]}" if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    found = _finding(
+        p,
+        "cut: no gradient passes (detach, no_grad, .data, or a tensor made anew)",
+        "harm",
+        names,
+        f"The way down is cut below {title}: {below} never receive{'s' * (len(names) == 1)} a gradient.",
+        f"What {title} reads has no graph, though {len(names)} layer{'s' * (len(names) > 1)} with parameters in the "
+        "optimizer ran before it.",
+        "let it read what the layers below give out: no .detach(), .data, torch.no_grad(), .item(), numpy or argmax "
+        "on the way; freeze on purpose with requires_grad_(False)",
+    )
+    yield dataclasses.replace(
+        found,
+        layers=tuple(f"{name}#0" for name in names),
+        evidence={"layers": float(len(names)), "loss": found.evidence["loss"]},
+    )
 
 
 def _count(names: list[str]) -> str:

@@ -11,8 +11,9 @@ Hooks only read: no result of the model changes by a bit, no random number is dr
 
 from __future__ import annotations
 
+from bpdiag.hooks.loss import kind_of_loss
 from bpdiag.hooks.optimizer import describe
 from bpdiag.hooks.pace import Pace
-from bpdiag.hooks.recorder import Recorder, kind_of_loss
+from bpdiag.hooks.recorder import Recorder
 
 __all__ = ["Pace", "Recorder", "describe", "kind_of_loss"]

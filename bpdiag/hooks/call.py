@@ -56,10 +56,15 @@ class Call:
     shape: tuple[int, ...]
     in_graph: bool
     parents: tuple[Call, ...]
-    order: int  # of execution, in its forward pass
+    order: tuple[int, int]  # of execution; of a sum (that of the call it stands behind, which sum of the pass)
     within: Any = None  # the reentrant checkpoint whose recomputation it is
     given_up: bool = False  # the walk down the graph: what it was computed from is not all known
     through: tuple[Any, ...] = ()  # checkpoints whose last calls are among its parents, once they are known
+    dtype: str = "float32"  # of its output
+    ops: tuple[str, ...] = ()  # autograd's names of what stands between its parents and its output
+    gap: dict[Call, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # operations between it and a parent
+    inputs: int = 1  # tensors with a graph that it was given
+    adds: Call | None = None  # of a sum of no module: the last module's call among what it adds
     values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
@@ -68,6 +73,7 @@ class Call:
     # what this call sends to one that others read too; None: several backwards, or none, went that way
     edges: dict[Call, Tensor | float | None] = dataclasses.field(default_factory=dict)
     edge_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # that against its own cotangent
+    gap_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # and against what it sends into its gap
 
     def __post_init__(self, facts: Facts) -> None:
         self.module, self.name, self.kind = facts.module, facts.name, facts.kind
@@ -87,6 +93,11 @@ class Call:
             return -1
         alike = [p.axis for p in self.parents if len(p.shape) == len(self.shape)]
         return alike[0] if alike else (-1 if len(self.shape) == 3 else 1 - len(self.shape))
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is one that no module computes."""
+        return self.adds is not None
 
     @property
     def weight(self) -> nn.Parameter | None:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from bpdiag.hooks.between import change_numbers
 from bpdiag.hooks.call import Call
 
+NOT_ALONE = "not this layer's way alone, or one through a checkpoint, or no gradient came"
 FLOW = ("decades", "backward_gain", "weight_factor", "slope_factor")
 Gap = tuple[Call, str, str]  # call, column, reason
 Way = tuple[tuple[Call, ...], Call | None, str]  # calls passed, next weight layer, why there is none
@@ -58,6 +60,8 @@ def _finish_norms(call: Call, gaps: list[Gap]) -> None:
     else:
         reason = "no gradient came back" if call.in_graph else "outside the graph: nothing below it is trained"
         gaps.append((call, f"{own}_norm", reason))
+    if call.is_sum and "z_norm" not in call.values:
+        gaps.append((call, "z_norm", "a sum between modules, read by none as it is"))
     for tensor, size in call.sizes.items():
         if f"{tensor}_norm" in call.values:
             call.values[f"{tensor}_rms"] = ratio(call.values[f"{tensor}_norm"], math.sqrt(size))
@@ -84,19 +88,32 @@ def _decades(calls: Sequence[Call], ways: dict[Call, Way], readers: dict[Call, l
 def _edge_gains(
     calls: Sequence[Call], readers: dict[Call, list[Call]], given: Collection[Call], gaps: list[Gap]
 ) -> None:
-    """|v| / |g| for each edge of a call that reads where others read too: v what the edge carries, g the call's own."""
+    """|v| / |g| for each edge of a call that reads where others read too, or over a gap: v what the edge carries.
+
+    g is the call's own cotangent; for a gap what the call sends into it, which of a sum is its own.
+    """
     for call in calls:
         own = call.values.get(f"{call.g}_norm")
+        if own is None:
+            continue
         forks = [p for p in call.parents if len(readers[p]) > 1 or p in given]
-        if not forks or own is None:
+        over = [p for p in call.parents if change_numbers(call.gap.get(p, ()))]
+        if not forks and not over:
             continue
         carried = {p: p.values.get(f"{p.g}_norm") for p in call.parents} | {p: call.edges.get(p) for p in forks}
-        if any(carried[p] is not None for p in forks):
-            call.edge_gains = {p: ratio(v, own) for p, v in carried.items() if v is not None}
-        if any(carried[p] is None for p in forks):
-            gaps.append(
-                (call, "edge_gain", "not this layer's way alone, or one through a checkpoint, or no gradient came")
-            )
+        known = {p: v for p, v in carried.items() if v is not None}
+        if any(p in known for p in forks):
+            call.edge_gains = {p: ratio(v, own) for p, v in known.items()}
+        if any(p not in known for p in forks):
+            gaps.append((call, "edge_gain", NOT_ALONE))
+        if over:
+            sent = own if call.is_sum else call.values.get("_entering_norm") if call.inputs == 1 else None
+            if sent is not None:
+                call.gap_gains = {p: ratio(known[p], sent) for p in over if p in known}
+            if sent is None:
+                gaps.append((call, "gap_gain", "it has several inputs, or works in place: what it sends is not known"))
+            elif any(p not in known for p in over):
+                gaps.append((call, "gap_gain", NOT_ALONE))
 
 
 def _factors(call: Call, way: Way, gaps: list[Gap]) -> None:

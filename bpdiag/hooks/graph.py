@@ -1,12 +1,15 @@
 """Autograd's graph between watched calls: which outputs a call was computed from, and what each way down carries.
 
+A sum that no module computes is a call too where ways meet in it (see ``sums``): walks end there.
+
 At a place that several calls read (a block's input: its branch and its skip) the cotangents of the ways add up, and the
 sum says nothing of the parts.  So a hook on the last node of each way reads what that way alone sends down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bpdiag.hooks.between import names
 from bpdiag.hooks.call import Call, leaves
 from bpdiag.hooks.reading import norm_by_sample
+from bpdiag.hooks.sums import ADDITIONS, call_of, joins
 
 MOST_NODES = 10_000  # looked at between two layers
 
@@ -30,7 +35,17 @@ class Walk:
     parents: dict[Call, None] = field(default_factory=dict)
     crossed: list[tuple[Place, Edge | None]] = field(default_factory=list)  # without an edge: handed on as it is
     through: dict[Any, None] = field(default_factory=dict)  # reentrant checkpoints in whose insides it ends
+    between: list[Any] = field(default_factory=list)  # nodes that are none of the reader's own, from above
+    sums: dict[Any, Call] = field(default_factory=dict)  # those among them that are calls since this walk
     given_up: bool = False  # after MOST_NODES
+    ops: dict[str, None] = field(default_factory=dict)  # names of the nodes crossed
+
+    def join(self, other: Walk) -> None:
+        """What ``other`` came to."""
+        self.parents |= other.parents
+        self.through |= other.through
+        self.crossed += other.crossed
+        self.given_up |= other.given_up
 
 
 class Graph:
@@ -40,9 +55,39 @@ class Graph:
         self.made_by: dict[Place, Call] = {}
         self._readers: dict[Place, dict[Edge | None, dict[Call | None, None]]] = {}
         self._below: dict[Any, Walk] = {}  # a checkpoint -> what its input was computed from
+        self._sums: dict[tuple[str, int], Call] = {}
 
-    def walk(self, outs: Iterable[Tensor], within: Any = None) -> Walk:
-        """Down from ``outs``; ``within`` the checkpoint whose recomputation made them, if one did."""
+    def walk(
+        self,
+        outs: Iterable[Tensor],
+        at: tuple[int, int],
+        within: Any = None,
+        inputs: Collection[Place] | None = None,
+    ) -> Walk:
+        """Down from what a reader gave out to watched calls.
+
+        Args:
+            outs: its outputs.
+            at: number of its forward pass, its place in the order of execution.
+            within: the checkpoint whose recomputation made them, if one did.
+            inputs: what the reader was given: what lies above is its own.  None of who reads the model's output, with
+                nothing of its own.
+        """
+        outs, known = list(outs), set(self._below)
+        walk = self._down(outs, within, inputs)
+        fresh = self._below.keys() - known
+        nodes = [*walk.between, *(node for checkpoint in fresh for node in self._below[checkpoint].between)]
+        if walk.given_up or not any(node.name() in ADDITIONS for node in nodes):
+            return walk
+        sums = self._new_sums(nodes, at, within)
+        if sums:
+            for checkpoint in fresh:
+                del self._below[checkpoint]
+            walk = self._down(outs, within, inputs)
+            walk.sums = sums
+        return walk
+
+    def _down(self, outs: Sequence[Tensor], within: Any, inputs: Collection[Place] | None) -> Walk:
         walk = Walk()
         for out in outs:
             if out.grad_fn is None:
@@ -53,14 +98,18 @@ class Graph:
             elif is_checkpoint(out.grad_fn):
                 self._end_at(out.grad_fn, walk)
             else:
-                self._descend(out.grad_fn, walk, self._below.get(within))
+                self._descend(out.grad_fn, walk, self._below.get(within), inputs)
         return walk
 
-    def _descend(self, top: Any, walk: Walk, entry: Walk | None = None) -> None:
+    def _descend(self, top: Any, walk: Walk, entry: Walk | None, inputs: Collection[Place] | None) -> None:
         """Extend ``walk`` by all that lies below a node; ``entry`` lies below what a recomputation began with."""
-        seen, stack = {top}, [top]
-        while stack and len(seen) < MOST_NODES:
-            above = stack.pop()
+        seen = {top}
+        own, between = ([], [top]) if inputs is None else ([top], [])
+        while (own or between) and len(seen) < MOST_NODES:
+            further = own or between
+            above = further.pop()
+            if further is between:
+                walk.between.append(above)
             # edges to a node already seen still count: another of its outputs may be a watched one
             for i, (node, number) in enumerate(above.next_functions):
                 if node is None:
@@ -77,14 +126,75 @@ class Graph:
                     self._end_at(node, walk)
                 elif node not in seen:
                     seen.add(node)
-                    stack.append(node)
-        walk.given_up |= bool(stack)
+                    (between if inputs and (node, number) in inputs else further).append(node)
+        walk.given_up |= bool(own or between)
+        walk.ops |= dict.fromkeys(sorted({re.sub(r"Backward\d*$", "", node.name()) for node in seen}))
+
+    def _new_sums(self, nodes: Iterable[Any], at: tuple[int, int], within: Any) -> dict[Any, Call]:
+        """Sums among nodes and what lies below them, from the lowest up; each a call from now on."""
+        found: dict[Any, Call] = {}
+        entry = self._below.get(within)
+        reached: dict[Any, frozenset[Any]] = {}  # a node -> the calls, and checkpoints, that it was computed from
+
+        def known(node: Any, number: int) -> frozenset[Any] | None:
+            """What one input of a node was computed from; None where that must be found first."""
+            if (node, number) in self.made_by:
+                return frozenset((self.made_by[node, number],))
+            if hasattr(node, "variable"):
+                outside = entry is None or isinstance(node.variable, nn.Parameter)
+                return frozenset() if entry is None or outside else frozenset((*entry.parents, *entry.through))
+            return frozenset((node,)) if is_checkpoint(node) else reached.get(node)
+
+        stack = list(nodes)
+        while stack:
+            node = stack[-1]
+            edges = [edge for edge in node.next_functions if edge[0] is not None]
+            below = [known(*edge) for edge in edges]
+            unknown = [edge[0] for edge, calls in zip(edges, below, strict=True) if calls is None]
+            if unknown:
+                stack += unknown
+                continue
+            stack.pop()
+            if node in reached:
+                continue
+            parts = [calls for calls in below if calls is not None]
+            reached[node] = frozenset().union(*parts)
+            if joins(node, parts):
+                call = self._new_sum(node, at, within)
+                if call is not None:
+                    found[node] = call
+        return found
+
+    def _new_sum(self, node: Any, at: tuple[int, int], within: Any) -> Call | None:
+        """The call that a sum is from now on; None over checkpoints alone, whose last calls are not known yet."""
+        whole, gap = Walk(), dict[Call, tuple[str, ...]]()
+        for i, (below, number) in enumerate(node.next_functions):
+            walk = Walk(crossed=[((below, number), (node, i))])
+            if (below, number) in self.made_by:
+                walk.parents[self.made_by[below, number]] = None
+            elif is_checkpoint(below):
+                self._end_at(below, walk)
+            elif hasattr(below, "variable"):  # what the checkpoint that it is computed in began with
+                walk = Walk(self._below[within].parents, through=self._below[within].through)
+            else:
+                self._descend(below, walk, self._below.get(within), None)
+            gap |= dict.fromkeys(walk.parents, names(walk.between))
+            whole.join(walk)
+        if not whole.parents:
+            return None
+        # through a checkpoint its reader's place is known alone, else it stands behind what it adds
+        behind = at[1] - 1 if whole.through else max(call.order[0] for call in whole.parents)
+        place, key = (at[0], (behind, len(self._sums) + 1)), self._sums.__contains__
+        call = call_of(node, tuple(whole.parents), key, place, within=within, through=tuple(whole.through), gap=gap)
+        self.made_by[node, 0] = self._sums[call.key] = call
+        self.read(whole, call)
+        return call
 
     def _end_at(self, checkpoint: Any, walk: Walk) -> None:
         walk.through[checkpoint] = None
         if checkpoint not in self._below:
             self._below[checkpoint] = below = Walk()
-            self._descend(checkpoint, below)
+            self._descend(checkpoint, below, None, checkpoint.next_functions)
 
     def read(self, walk: Walk, reader: Call | None) -> None:
         """``reader``, or None for who reads the model's output, stands at the upper end of ``walk``."""

@@ -22,9 +22,11 @@ def describe(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     group = max(optimizer.param_groups, key=lambda g: sum(p.numel() for p in g["params"] if p.requires_grad))
     told: dict[str, float] = {k: float(group[k]) for k in ("lr", "momentum", "eps", "weight_decay") if k in group}
     begun = bool(optimizer.state)
+    largest = max(group["params"], key=torch.Tensor.numel, default=None)
     return {
         "name": type(optimizer).__name__,
         "sgd_like": isinstance(optimizer, torch.optim.SGD),
         "begun": begun,
+        "dtype": str(largest.dtype).removeprefix("torch.") if largest is not None else "",
         **told,
     }

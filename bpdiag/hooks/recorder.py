@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,19 +13,24 @@ from torch import Tensor, nn
 
 from bpdiag import statistics
 from bpdiag.config import UsageError
+from bpdiag.hooks.between import change_numbers, names, operation
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
-from bpdiag.hooks.gains import Gap, Way, derive
-from bpdiag.hooks.graph import Graph, View, is_checkpoint, on_gradient, where_gradients_come
+from bpdiag.hooks.cuts import Cuts
+from bpdiag.hooks.gains import derive
+from bpdiag.hooks.graph import Graph, View, Walk, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
+from bpdiag.hooks.passes import Passes, recomputing
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
-from bpdiag.hooks.slopes import DEAD_WINDOW, Slopes
-from bpdiag.hooks.unseen import foreign_parameters, named_modules, refuse, unseen
+from bpdiag.hooks.slopes import Slopes
+from bpdiag.hooks.symmetry import Symmetry
+from bpdiag.hooks.table import LayerTable
+from bpdiag.hooks.target import describe_target
+from bpdiag.hooks.turns import Turns
+from bpdiag.hooks.unseen import Overlooked, foreign_parameters, named_modules, refuse, unseen
 from bpdiag.hooks.weights import Weights
-from bpdiag.trace import COLUMNS, Layer, Sample, Sink
-
-MOST_PASSES = 64  # forward passes kept per step: a validation loop without no_grad must not fill the memory
+from bpdiag.trace import COLUMNS, Sample, Sink
 
 
 class _Hook:
@@ -51,7 +53,7 @@ class _Hook:
 class Recorder:
     """Measures ``model`` on the steps that ``pace`` picks and gives each ``Sample`` to the sinks.
 
-    A step ends when the last of ``optimizers`` has stepped, with a ``scaler`` at its update, or at ``end_step()``.
+    A step ends when all ``optimizers`` have (see ``Turns``), with a ``scaler`` at its update, or at ``end_step()``.
     """
 
     def __init__(
@@ -67,9 +69,9 @@ class Recorder:
         self.histograms = histograms
         self.step = 0
         self.last_loss = math.nan
-        self.layers: list[Layer] = []
-        self._index: dict[tuple[str, int], int] = {}
+        self._table = LayerTable()
         self._names: dict[nn.Module, str] = {}
+        self._silent: list[nn.Module] = []  # those that compute something and have not been called so far
         self._facts: dict[nn.Module, Facts] = {}
         self._always: list[Any] = []  # hooks on optimizers
         self._eager: Any = None  # torch.compile held off, while armed
@@ -80,10 +82,10 @@ class Recorder:
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
         self._slopes, self._weights = Slopes(), Weights(self._clock)
-        self._stepped = False  # whether an optimizer has, since the scaler's last update
+        self._symmetry, self._cuts = Symmetry(), Cuts()
+        self._stepped: set[torch.optim.Optimizer] = set()  # since the last step ended
         self._skipped: list[int] = []  # steps, until the next sample
-        self._passed_over: dict[str, str] = {}  # module -> why a call of it was not recorded
-        self._foreign: list[nn.Parameter] | None = None  # parameters of the forward pass that are not the model's
+        self._turns, self._overlooked = Turns(self.optimizers), Overlooked()
         self._forget()
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Recorder:
             if self._clock:
                 self._clock.start()
             elif self.optimizers:
-                self._always.append(self.optimizers[-1].register_step_post_hook(lambda *_: self.end_step()))
+                self._always += [one.register_step_post_hook(self._after_step) for one in self.optimizers]
             self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
             self._arm_if_due()
         except RuntimeError as error:  # a scripted module takes no hooks
@@ -116,20 +118,21 @@ class Recorder:
             self._copy(self._watched_weights())
             self._finish("the watching ended before the update")
         elif self._losses or self._skipped:
-            self._send(Sample(self.step, self.layers, [], self._read(Reading(), []), skipped=self._skipped))
+            self._send(Sample(self.step, self._table.layers, [], self._read(Reading(), []), skipped=self._skipped))
         self._forget()
 
     def unseen(self) -> list[dict[str, str]]:
         """Modules and parameters that no sampled step told anything of, each with its reason."""
-        seen = {name for name, _ in self._index}
-        return unseen(self.model, self.optimizers, seen, self._passed_over, self._foreign or ())
+        cuts = self._cuts.found(self._owners)
+        return cuts + unseen(self.model, self.optimizers, self._table.names(), self._overlooked)
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Remember this step's loss; read with the next sample."""
         # a clone: `loss /= 4` would change what a mere detach shares
         self._losses.append((self.step, loss.detach().clone() if isinstance(loss, Tensor) else float(loss)))
         if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
-            self._scales.await_gradient(loss, self._pass)
+            self._scales.await_gradient(loss, self._passes.number)
+            self._target |= describe_target(loss)
 
     def loss_path(self, loss: Tensor) -> list[dict[str, Any]]:
         """What stands between the model's output and ``loss``; empty where that is not known, as between samples."""
@@ -141,16 +144,17 @@ class Recorder:
             self._skipped.append(self.step)
             self._copy(self._watched_weights() if self._calls else ())
         self.end_step("" if self._stepped else "the gradient scaler skipped this step")
-        self._stepped = False
 
-    def end_step(self, no_update: str = "") -> None:
+    def end_step(self, no_update: str = "", count: int = 1) -> None:
         """The optimizer has stepped: finish the sample if this step was one, arm for the next if it is one."""
         if self._handles:
             if self._calls:
                 self._finish(no_update)
             self._release()
             self._forget()
-        self.step += 1
+        self.step += count
+        self._turns.begin()
+        self._stepped.clear()
         self.pace.ended()
         self._arm_if_due()
 
@@ -172,6 +176,7 @@ class Recorder:
 
     def _put_up(self) -> None:
         self._names = {module: name for name, module in named_modules(self.model)}
+        self._silent = [module for module in self._names if is_leaf(module)]
         self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
         for module in self._names:
             if is_leaf(module):
@@ -179,7 +184,7 @@ class Recorder:
             rule = rule_of(module)
             if rule and rule.saves == "input" and getattr(module, "inplace", False):
                 self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
-        self._handles.append(self.model.register_forward_hook(_Hook(self._given_out)))
+        self._handles.append(self.model.register_forward_hook(_Hook(self._given_out), always_call=True))
         for weight in self._watched_weights():
             if weight.requires_grad:
                 met, left = self._weights.met_by_backward, self._weights.left_by_backward
@@ -199,6 +204,7 @@ class Recorder:
 
     def _disarm(self) -> None:
         self._release()
+        self._weights.release()
         self._take_down()
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
@@ -206,84 +212,79 @@ class Recorder:
 
     def _forget(self) -> None:
         self._calls: list[Call] = []
-        self._counts: dict[nn.Module, int] = {}
+        self._passes = Passes(self._overlooked.why.__setitem__)
         self._graph = Graph()
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
         self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
-        self._pass, self._order = 0, 0
-        self._inside = False  # the model's forward pass, with gradient
-        self._waiting: dict[nn.Module, deque[tuple[int, int, int]]] = {}  # places of calls without gradient in it
-        self._thread: int | None = None  # the one whose calls are this step's
-        self._scales = Scales()
+        self._scales, self._target = Scales(), dict[str, Any]()
         self._slopes.forget()
         self._weights.forget()
 
     # ---- forward -------------------------------------------------------------------------------------
 
-    def _listening(self) -> bool:
-        """Whether a forward pass of the thread that began this step is under way, with gradient."""
-        return torch.is_grad_enabled() and not _recomputing() and self._is_ours()
-
-    def _is_ours(self) -> bool:
-        here = threading.get_ident()
-        if self._thread is None:
-            self._thread = here
-        return here == self._thread
-
     def _new_pass(self, module: nn.Module, args: Any) -> None:
-        if self._listening():
-            self._inside = True
-            self._pass += any(call.backward == self._pass for call in self._calls)
-            self._counts.clear()
+        if self._passes.enter():
+            self._passes.begin(any(call.backward == self._passes.number for call in self._calls))
             self._graph = Graph()
+            self._cuts.begin(args)
             self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
     def _before_overwriting(self, module: nn.Module, args: Any) -> None:
-        if self._listening() and args:
+        if self._passes.are_listened_to() and args:
             self._overwritten[module] = args[0].detach().clone()
 
     def _given_out(self, module: nn.Module, args: Any, output: Any) -> None:
         """The model's output reads layers too: the loss may be computed from any of it."""
-        if self._listening():
-            self._inside = False
+        if self._passes.leave():
             outs = [t for t in leaves(output) if t.grad_fn is not None]
-            if self._foreign is None:
-                self._foreign = foreign_parameters(self.model, outs, self._entered)
+            if outs and self._overlooked.foreign is None:
+                self._overlooked.foreign = foreign_parameters(self.model, outs, self._entered)
             self._outputs |= {(t.grad_fn, t.output_nr) for t in outs}
-            walk = self._graph.walk(outs)
+            walk = self._walk(outs, self._passes.number, self._passes.order + 1)
             self._given |= walk.parents
             self._given_through |= walk.through
             self._graph.read(walk, None)
             self._graph.measure_forks()
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        place = self._place(module)
-        if place is None or place[0] >= MOST_PASSES:
+        place = self._passes.place(module)
+        if place is None:
+            if self._passes.is_without_gradient():
+                self._cuts.skipped(module, self._names[module])
             return
         every = (output,) if isinstance(output, Tensor) else leaves(output)
         outs = [t for t in every if t.is_floating_point() or t.is_complex()]
         outs = [t for t in outs if t.requires_grad] or outs[:1]
         if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
             why = "called under torch.func, whose tensors take no hooks" if outs else "its output holds no tensor"
-            self._passed_over[self._names[module]] = why
+            self._overlooked.why[module] = why
             return
-        within = torch._C._current_autograd_node() if _recomputing() else None
-        out, walk, (number_of_pass, order, number) = outs[0], self._graph.walk(outs, within), place
-        facts = self._facts_of(module)
+        within = torch._C._current_autograd_node() if recomputing() else None
+        out, facts = outs[0], self._facts_of(module)
+        inputs = {(t.grad_fn, t.output_nr) for t in leaves((args, kwargs)) if t.grad_fn is not None}
+        tops = {t.grad_fn for t in outs if t.grad_fn is not None}
+        in_place = (out.grad_fn, out.output_nr) in inputs
+        # of one that works in place, or has modules in it, the last operation is known to be its own
+        ends = inputs if facts.childless and not in_place else {edge for node in tops for edge in node.next_functions}
+        walk = self._walk(outs, place.number, place.order, within, ends)
         call = Call(
             facts,
-            number,
-            number_of_pass,
+            place.call,
+            place.number,
             tuple(out.shape),
             out.requires_grad,
             tuple(walk.parents),
-            order,
+            (place.order, 0),
             within,
             walk.given_up,
             tuple(walk.through),
+            str(out.dtype).removeprefix("torch."),
+            tuple(walk.ops),
+            dict.fromkeys(walk.parents, names(walk.between, in_place)) if facts.childless else {},
+            len(inputs),
         )
         self._graph.read(walk, call)
         self._calls.append(call)
@@ -296,10 +297,20 @@ class Recorder:
             if saved is not None:
                 learned = [getattr(module, name) for name in call.rule.learnable]
                 self._slopes.measure(call, call.rule, saved, *learned)
+        self._symmetry.measure(call)
+        self._cuts.called(call, x)
         if x is not None and x is not out and facts.childless:  # in place x is gone
             self._measure_input(call, x)
         for i, t, view in where_gradients_come(outs, (args, kwargs)):
             self._await(call, i, t, view)
+
+    def _walk(self, outs: Sequence[Tensor], number: int, order: int, *known: Any) -> Walk:
+        """Down from ``outs``; sums on the way are calls from now on."""
+        walk = self._graph.walk(outs, (number, order), *known)
+        for node, call in walk.sums.items():
+            self._calls.append(call)
+            node.register_prehook(partial(self._arrived_at_sum, call))
+        return walk
 
     def _facts_of(self, module: nn.Module) -> Facts:
         facts = self._facts.get(module)
@@ -307,49 +318,29 @@ class Recorder:
             facts = self._facts[module] = Facts(module, self._names[module])
         return facts
 
-    def _place(self, module: nn.Module) -> tuple[int, int, int] | None:
-        """(pass, place in the order of execution, which call of this module) of a call to be recorded; else None.
-
-        A call without gradient inside the forward pass keeps its place: a reentrant checkpoint calls again, with
-        gradient, when the backward comes there.
-        """
-        if _recomputing():
-            waiting = self._waiting.get(module)
-            return waiting.popleft() if waiting and torch.is_grad_enabled() else None
-        if not self._is_ours():
-            self._passed_over[self._names[module]] = "called from another thread only"
-            return None
-        if not torch.is_grad_enabled():
-            self._passed_over[self._names[module]] = "called without gradient only"
-            if not self._inside:
-                return None
-        self._order += 1
-        number = self._counts.get(module, 0)
-        self._counts[module] = number + 1
-        place = self._pass, self._order, number
-        if torch.is_grad_enabled():
-            return place
-        self._waiting.setdefault(module, deque()).append(place)
-        return None
-
     def _await(self, call: Call, i: int, out: Tensor, view: View | None) -> None:
         """Measure the cotangent of the i-th output when it comes, to it or, as ~i, below it."""
 
         def arrived(g: Tensor) -> None:
-            if ~i in call.events:
-                return
-            g = g if view is None else view.of(g)
-            call.events[i] = call.events.get(i, 0) + 1
-            call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
-            call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
-            if i in (0, ~0):
-                self._draw(call, call.g, g)
+            if ~i not in call.events:
+                self._arrived(call, i, g if view is None else view.of(g))
 
         handle = on_gradient(out, arrived)
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
             self._step_handles.append(handle)
+
+    def _arrived(self, call: Call, i: int, g: Tensor) -> None:
+        call.events[i] = call.events.get(i, 0) + 1
+        call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
+        call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
+        if i in (0, ~0):
+            self._draw(call, call.g, g)
+
+    def _arrived_at_sum(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
+        if gradients[0] is not None:
+            self._arrived(call, 0, gradients[0])
 
     def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
         rows = statistics.by_sample(x)
@@ -372,7 +363,11 @@ class Recorder:
         if not x.requires_grad:
             return
         if x.grad_fn is not None and (x.grad_fn, x.output_nr) in self._graph.made_by:
-            if self._graph.made_by[x.grad_fn, x.output_nr].shape != x.shape:  # another output than the one measured
+            maker = self._graph.made_by[x.grad_fn, x.output_nr]
+            if maker.is_sum:
+                if "z_norm" not in maker.values:
+                    self._measure(maker, "z", x)
+            elif maker.shape != x.shape:  # another output than the one measured
                 self._measure(call, "x", x)
             return  # what arrives here is the cotangent of a watched output, seen there
         if is_checkpoint(x.grad_fn) if x.grad_fn is not None else call.within is not None:
@@ -382,14 +377,16 @@ class Recorder:
         if rule is not None and alone and call.parents[0].tensor == "z" and "a_norm" not in call.parents[0].values:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
+            call.gap[below] = tuple(name for name in call.gap[below] if name != operation(rule.node))
             self._measure(below, "a", x)
             saved = kept_by(x, rule)
             if saved is not None:
                 self._slopes.measure(below, rule, *saved)
         if owner is None:
-            if call.fan_in is None:
+            if call.fan_in is not None:
+                self._measure(call, "x", x)
+            elif call.inputs != 1 or not any(map(change_numbers, call.gap.values())):
                 return
-            self._measure(call, "x", x)
 
         def arrived(g: Tensor) -> None:
             call.values["_entering_norm"] = norm_by_sample(g)
@@ -408,11 +405,19 @@ class Recorder:
         return list(called or {weight: None for weight in every if weight is not None})
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Copy what this optimizer is about to change; the last one also takes what none of them owns."""
-        self._stepped = True
+        """Copy what this optimizer is about to change."""
+        self._stepped.add(optimizer)
         if self._handles:
-            default = self.optimizers[-1]
-            self._copy([p for p in self._watched_weights() if self._owners.get(p, default) is optimizer])
+            self._copy([p for p in self._watched_weights() if self._owners.get(p) is optimizer])
+            self._note_gradients()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if count := self._turns.taken_by(optimizer):
+            self.end_step(count=count)
+
+    def _note_gradients(self) -> None:
+        self._silent = [module for module in self._silent if module not in self._facts]
+        self._overlooked.note_gradients(self._silent)
 
     def _copy(self, weights: Sequence[nn.Parameter]) -> None:
         # before any call, as for a closure, a gradient is not this step's
@@ -420,6 +425,9 @@ class Recorder:
 
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
+        if self.optimizers:  # what none of them owns, or one that has not stepped
+            self._copy([p for p in self._watched_weights() if self._owners.get(p) not in self._stepped])
+        self._note_gradients()
         self._calls.sort(key=lambda call: (call.backward, call.order))
         self._keep_trained_passes()
         if self.histograms:
@@ -433,9 +441,11 @@ class Recorder:
         rate = {"lr": group["lr"]} if "lr" in group else {}
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         tables = [table for call in self._calls for table in (call.values, call.edges)]
-        losses = self._read(reading, [*tables, *self._scales.told.values(), rate])
+        losses = self._read(reading, [*tables, *self._scales.told.values(), rate, self._target])
         self._name_bad_samples(reading)
         self._slopes.enter(self._calls)
+        self._symmetry.enter(self._calls)
+        self._cuts.finish(self._calls, self._given)
         gaps += self._weights.settle(self._calls, no_update)
         self._divide_scales_out()
         self._join_checkpoints()
@@ -446,19 +456,21 @@ class Recorder:
             for call in self._calls
             if call.rule and call.backward == 0 and "a_dead_fraction" not in call.values
         ]
-        self._enter_layers(ways)
-        gaps += self._changed_ways(ways)
+        self._table.enter(self._calls, ways)
+        gaps += self._table.changed_ways(ways)
         rows = []
         for call in self._calls:
             told: dict[str, Any] = {name: value for name, value in call.values.items() if name in COLUMNS}
             if call.edge_gains:
-                by_parent = {self._index[parent.key]: gain for parent, gain in call.edge_gains.items()}
-                told["edge_gain"] = [by_parent.get(i) for i in self.layers[self._index[call.key]].parents]
-            rows.append((call.backward, self._index[call.key], told))
-        missing = [(self._index[call.key], column, reason) for call, column, reason in gaps]
-        bins = [(self._index[c.key], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]
-        sample = Sample(self.step, self.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
-        self._send(dataclasses.replace(sample, loss_scale=self._scales.of(0), skipped=self._skipped))
+                told["edge_gain"] = self._table.by_parent(call, call.edge_gains)
+            if call.gap_gains:
+                told["gap_gain"] = self._table.by_parent(call, call.gap_gains)
+            rows.append((call.backward, self._table[call], told))
+        missing = [(self._table[call], column, reason) for call, column, reason in gaps]
+        bins = [(self._table[c], tensor, x.tolist()) for c in self._calls for tensor, x in c.histograms.items()]
+        sample = Sample(self.step, self._table.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
+        sample.target, sample.loss_scale, sample.skipped = self._target, self._scales.of(0), self._skipped
+        self._send(sample)
         self._skipped = []
 
     def _name_bad_samples(self, reading: Reading) -> None:
@@ -473,6 +485,8 @@ class Recorder:
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
         trained = sorted({call.backward for call in self._calls if call.events})
+        ungraded = self._passes.without_gradient()
+        self._overlooked.besides |= {module for module, place in ungraded if place.number in trained}
         if trained:
             number = {old: new for new, old in enumerate(trained)}
             self._scales.told = {number[n]: told for n, told in self._scales.told.items() if n in number}
@@ -513,68 +527,6 @@ class Recorder:
         means = [(step, sum(losses) / len(losses)) for step, losses in of_step.items()]
         self.last_loss = means[-1][1] if means else self.last_loss
         return means
-
-    # ---- the layer table -----------------------------------------------------------------------------
-
-    def _line(self, way: Way) -> tuple[int | None, tuple[int, ...]]:
-        """Where a way leads, as the layer table says it: next, via."""
-        passed, child, _ = way
-        return (self._index[child.key], tuple(self._index[c.key] for c in passed)) if child else (None, ())
-
-    def _enter_layers(self, ways: dict[Call, Way]) -> None:
-        """Put calls seen for the first time into the layer table, in execution order."""
-        fresh = []
-        for call in self._calls:
-            if call.key not in self._index:
-                self._index[call.key] = len(self._index)
-                fresh.append(call)
-        for call in fresh:
-            onward, via = self._line(ways.get(call, ((), None, "")))
-            self.layers.append(
-                Layer(
-                    name=call.name,
-                    call=call.number,
-                    kind=call.kind,
-                    shape=call.shape,
-                    parents=tuple(sorted(self._index[p.key] for p in call.parents if p.key in self._index)),
-                    next=onward,
-                    via=via,
-                    fan_in=call.fan_in,
-                    units=call.units,
-                    activation=call.rule.name if call.rule else call.kind if call.tensor == "a" else None,
-                    largest_slope=call.rule.largest_slope if call.rule else None,
-                    r=call.r,
-                    window=DEAD_WINDOW if call.rule else 0,
-                )
-            )
-
-    def _changed_ways(self, ways: dict[Call, Way]) -> list[Gap]:
-        """A way that leads elsewhere than when first seen has no gain: it would be held against the wrong weights."""
-        gaps: list[Gap] = []
-        for call, way in ways.items():
-            layer = self.layers[self._index[call.key]]
-            if "backward_gain" in call.values and self._line(way) != (layer.next, layer.via):
-                for column in ("backward_gain", "weight_factor", "slope_factor"):
-                    call.values.pop(column, None)
-                    gaps.append((call, column, "the way up leads elsewhere than when first seen"))
-        return gaps
-
-
-def kind_of_loss(loss: Tensor) -> str:
-    """cross_entropy where autograd's graph shows one within a few nodes of the loss, else unknown."""
-    stack, seen = [loss.grad_fn], 0
-    while stack and seen < 32:
-        node, seen = stack.pop(0), seen + 1
-        if node is not None:
-            if any(word in node.name() for word in ("NllLoss", "CrossEntropy")):
-                return "cross_entropy"
-            stack += [below for below, _ in node.next_functions]
-    return "unknown"
-
-
-def _recomputing() -> bool:
-    """Whether a backward is under way: a forward inside it is a checkpoint's recomputation, not a new call."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _same(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,24 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield (re.sub(r"^module(\.|$)", "", plain) if spread else plain), module
 
 
+class Overlooked:
+    """What the sampled steps met and have no row for."""
+
+    def __init__(self) -> None:
+        self.why: dict[nn.Module, str] = {}  # of modules with a call that was not recorded
+        self.besides: set[nn.Module] = set()  # called without gradient in a pass with gradient
+        self.used: set[nn.Module] = set()  # never called, and a gradient came to parameters of their own
+        self.foreign: list[nn.Parameter] | None = None  # parameters of a forward pass that are not the model's
+
+    def note_gradients(self, modules: Iterable[nn.Module]) -> None:
+        """Before they are cleared: which of these modules, not called so far, got some."""
+        for module in modules:
+            if any(p is not None and p.grad is not None for p in module._parameters.values()):
+                self.used.add(module)
+
+
 def unseen(
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    seen: Collection[str],
-    passed_over: Mapping[str, str],
-    foreign: Collection[nn.Parameter] = (),
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], seen: Collection[str], overlooked: Overlooked
 ) -> list[dict[str, str]]:
     """``{"what": module or parameter, "name": ..., "reason": ...}``, in the order of the model.
 
@@ -39,23 +51,25 @@ def unseen(
         model: the watched one.
         optimizers: those given.
         seen: names of the modules in the layer table.
-        passed_over: name of a module that was called without being recorded -> why.
-        foreign: parameters of the forward pass that are not the model's.
+        overlooked: by the hooks.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
-        >>> [line["name"] for line in unseen(model, [optimizer], ["0"], {})]
+        >>> [line["name"] for line in unseen(model, [optimizer], ["0"], Overlooked())]
         ['1', '1.weight', '1.bias']
     """
     found = []
     for name, module in named_modules(model):
         if isinstance(module, nn.RNNBase | nn.MultiheadAttention) and name in seen:
             found.append({"what": "module", "name": name, "reason": "fused: not visible inside"})
-        owed = is_leaf(module) and (name in passed_over or not isinstance(module, nn.Identity))
+        if name in seen and module in overlooked.besides:
+            found.append({"what": "module", "name": name, "reason": "called without gradient too: that has no row"})
+        owed = is_leaf(module) and (module in overlooked.why or not isinstance(module, nn.Identity))
         if owed and name not in seen:
-            found.append({"what": "module", "name": name, "reason": passed_over.get(name) or _why(module)})
+            found.append({"what": "module", "name": name, "reason": _why(module, overlooked)})
     owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    foreign = overlooked.foreign or ()
     for p in foreign:
         if p not in owned:
             reason = "receives gradient, in no module of the model"
@@ -115,7 +129,6 @@ def refuse(model: nn.Module) -> None:
             raise UsageError(f"{where}: {kind.__name__} is quantized and has no gradient; watch the float model")
 
 
-def _why(module: nn.Module) -> str:
-    if any(p.grad is not None for p in module.parameters(recurse=False)):
-        return "never called as a module: another one uses its parameters itself"
-    return "never called"
+def _why(module: nn.Module, overlooked: Overlooked) -> str:
+    used = "never called as a module: another one uses its parameters itself"
+    return overlooked.why.get(module) or (used if module in overlooked.used else "never called")

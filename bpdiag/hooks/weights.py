@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,22 @@ class Weights:
     def __init__(self, clock: ScalerClock | None) -> None:
         self._clock = clock
         self._narrow: set[tuple[str, nn.Parameter]] = set()  # kinds of numbers that are far from the ends of float32
+        self._copies: dict[nn.Parameter, Tensor] = {}
         self.forget()
 
     def forget(self) -> None:
-        """What this step measured."""
-        self._copies: dict[nn.Parameter, Tensor] = {}
+        """What this step measured; the memory of its copies is there for the next, until ``release``."""
+        self._room, self._copies = self._copies, {}
         self._sizes: dict[nn.Parameter, Tensor] = {}  # norms of the copies
         self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
         self._raw: dict[nn.Parameter, Tensor] = {}  # its norm then
         self._gradients: dict[nn.Parameter, Tensor] = {}  # and as the optimizer meets it
         self._stale: dict[nn.Parameter, Tensor | float] = {}  # what .grad held before
         self._met: dict[nn.Parameter, tuple[Tensor, int]] = {}  # that gradient, and its version
+
+    def release(self) -> None:
+        """Give the memory back: the next step is not sampled."""
+        self._room = {}
 
     def met_by_backward(self, p: nn.Parameter, g: Tensor) -> None:
         """A backward is about to add to a weight's gradient: the first of a step should find none."""
@@ -57,7 +63,7 @@ class Weights:
         """What an optimizer is about to change: those not yet copied."""
         for p in weights:
             if p not in self._copies:
-                self._copies[p] = copy = p.detach().clone()
+                self._copies[p] = copy = _copied(p.detach(), self._room.pop(p, None))
                 self._sizes[p] = self._norm("W", p, copy)  # at once, as all here: it is still in the cache
                 if with_gradients:
                     self._take_gradient(p)
@@ -108,6 +114,8 @@ class Weights:
             copy = self._copies.get(weight)
             if copy is not None and copy.numel() and not no_update:
                 numbers["dW_norm"] = self._norm("dW", weight, copy.sub_(weight.detach()))  # in place: one is enough
+                if copy.element_size() < 4 and weight.grad is not None:
+                    numbers["dW_rounded_fraction"] = statistics.mean(copy[weight.grad != 0] == 0)
             told[weight] = {column: x for column, x in numbers.items() if x is not None}
         gaps: list[Gap] = []
         for call in calls:
@@ -170,3 +178,13 @@ class Weights:
         if kind == "W" and not no_update:
             return statistics.norm(p.detach().double() + copy.double())
         return statistics.norm(copy)
+
+
+def _copied(now: Tensor, room: Tensor | None) -> Tensor:
+    if room is None or type(room) is not type(now) or _kind(room) != _kind(now):
+        return now.clone()
+    return room.copy_(now)
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, x.stride()

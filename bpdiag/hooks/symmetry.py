@@ -1,0 +1,58 @@
+"""Units that are copies of each other: rows of a weight that are alike, from the first sample until they part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bpdiag import statistics
+from bpdiag.hooks.call import Call
+
+ALIKE = 1e-5  # of a row's length: projections of two rows so near are one; rounding is 1e-7, a random row's neighbor
+# among a thousand 1e-3 away
+
+
+def distinct_rows(weight: Tensor) -> Tensor:
+    """Share of the rows that differ, counted by their projections on one fixed direction.
+
+    1 for random weights; 1/N_out where all rows are the same or 0: units that compute the same and, while their
+    gradients are the same too, go on doing so.
+
+    Args:
+        weight: (N_out, ...).
+
+    Returns:
+        () float64; nan if a number is not finite.
+
+    Example:
+        >>> distinct_rows(torch.ones(4, 3)).item(), distinct_rows(torch.eye(4)).item()
+        (0.25, 1.0)
+    """
+    rows = statistics.by_sample(weight)
+    rows = rows.to(statistics.wide(rows.device))
+    direction = torch.cos(torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device) ** 2)
+    places = (rows @ direction).sort().values
+    near = ALIKE * statistics.lengths(rows).amax() * statistics.norm(direction)
+    share = (1 + (places.diff() > near).sum()) / len(rows)
+    return torch.where(torch.isfinite(places).all(), share, torch.nan)
+
+
+class Symmetry:
+    """Which weights are still to be looked at: every one on its first sample, then those whose rows are alike."""
+
+    def __init__(self) -> None:
+        self._parted: set[nn.Parameter] = set()
+
+    def measure(self, call: Call) -> None:
+        """Of a call's weight, before the update."""
+        weight = call.weight if call.fan_in is not None else None
+        if weight is not None and weight.dim() > 1 and type(weight.data) is Tensor and weight not in self._parted:
+            call.values["W_distinct_rows"] = distinct_rows(weight)
+
+    def enter(self, calls: Sequence[Call]) -> None:
+        """The host has read the shares: who has parted from its likes is not asked again."""
+        for call in calls:
+            if call.weight is not None and not call.values.get("W_distinct_rows", 1.0) <= 0.5:
+                self._parted.add(call.weight)
