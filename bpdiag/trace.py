@@ -218,12 +218,15 @@ class Trace:
         return trace
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None) -> Trace:
+    def load(
+        cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None, steps: np.ndarray | None = None
+    ) -> Trace:
         """The trace of a run folder (or of the ``trace`` folder in it).
 
         Args:
             folder: where the run lies.
             columns: those of COLUMNS to read, the others are null; None: all.
+            steps: the sampled steps to read; None: all.
 
         Raises:
             TraceError: There is no trace, or a file of it cannot be read.
@@ -239,13 +242,9 @@ class Trace:
             raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")
         try:
             # the layer table last: a run still going on only adds to it
-            rows, steps = (
-                _concat(schema, [_read_part(path, wanted) for path in sorted(here.glob(f"{kind}-*.parquet"))])
-                for kind, schema, wanted in (
-                    ("part", _ROWS, None if columns is None else {*KEYS, *columns}),
-                    ("steps", _STEPS, None),
-                )
-            )
+            parts, told = (sorted(here.glob(f"{kind}-*.parquet")) for kind in ("part", "steps"))
+            rows = _concat(_ROWS, [_read_part(path, columns, steps) for path in parts])
+            every = _concat(_STEPS, [pq.read_table(path) for path in told])
             missing = pq.read_table(here / "missing.parquet").to_pylist() if (here / "missing.parquet").exists() else []
             gaps = [Missing(**line) for line in missing]
             meta = dict(json.loads((here / "meta.json").read_text()))
@@ -255,7 +254,7 @@ class Trace:
             raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
-        return cls(rows, steps, layers, gaps, meta)
+        return cls(rows, every, layers, gaps, meta)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the trace folder ``folder/trace``; returns it.
@@ -546,10 +545,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _read_part(path: Path, wanted: set[str] | None) -> pa.Table:
-    """A part's table, of the columns wanted those that it has."""
+def _read_part(path: Path, columns: Sequence[str] | None, steps: np.ndarray | None) -> pa.Table:
+    """A part's table, of the columns and the steps wanted those that it has."""
     with pq.ParquetFile(path) as file:
-        return file.read([name for name in file.schema_arrow.names if wanted is None or name in wanted])
+        part = file.read([n for n in file.schema_arrow.names if columns is None or n in (*KEYS, *columns)])
+    return part if steps is None else part.filter(pa.compute.is_in(part["step"], pa.array(steps)))
 
 
 def _layer(line: dict[str, Any]) -> Layer:

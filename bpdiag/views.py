@@ -28,7 +28,6 @@ import numpy as np
 
 from bpdiag import bridge, diagnosis
 from bpdiag.config import dotted
-from bpdiag.diagnosis import Finding
 from bpdiag.trace import Trace, plain
 
 SCHEMA = "bpdiag-view/1"
@@ -52,7 +51,7 @@ SERIES: dict[str, tuple[str, bool, str]] = {
     "g_W_norm": ("g_W_norm", True, "own"),
     "g_z_norm": ("g_z_norm", True, "own"),
 }
-# what is read of a run that has been judged: also the ledger's, and whether a step was finite
+# what is read of the steps drawn: also the ledger's
 DRAWN = [*(column for column, _, _ in SERIES.values()), "W_rms", "slope_rms", "g_a_norm", "z_norm", "a_norm", "x_norm"]
 OWNERS = ("weights", "slopes", "alignment", "other")  # of the ledger: decades of the step above a layer
 # what a map draws, and which of a span's numbers
@@ -148,26 +147,28 @@ def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
     Raises:
         TraceError: Its trace cannot be read.
     """
-    kept = _read(run / "findings.json")
-    trace = Trace.load(run, DRAWN if kept else None)  # to judge takes all
-    told = kept or _judged(trace)
-    lines = trace.weight_layers()
-    whole = {key: _series(trace, lines, *SERIES[key]) for key in SERIES} | _ledger(trace, lines)
-    starts = _starts(len(trace.sampled_steps), columns)
-    chosen = _chosen(whole["decades"], starts)
-    series = {key: (values[chosen], there[chosen]) for key, (values, there) in whole.items()}
-    series["entering"] = _entering(trace, lines, chosen)
-    exact = len(chosen) == len(trace.sampled_steps)
-    peaks = {} if exact else {key: _peak(*whole[key], starts, way) for key, way in MAPPED.items()}
-    meta, steps = trace.meta, trace.sampled_steps
-    summary = diagnosis.summarize(trace, [_finding(f) for f in told["findings"]])
+    told, summary = (_read(run / f"{what}.json") for what in ("findings", "summary"))
+    judged = bool(told and summary)
+    scan = Trace.load(run, [SERIES[key][0] for key in MAPPED] if judged else None)  # to judge takes all
+    if not judged:
+        told, summary = _judged(scan)
+    lines, steps = scan.weight_layers(), scan.sampled_steps
+    mapped = {key: _series(scan, lines, *SERIES[key]) for key in MAPPED}
+    starts = _starts(len(steps), columns)
+    chosen = _chosen(mapped["decades"], starts)
+    exact = len(chosen) == len(steps)
+    peaks = {} if exact else {key: _peak(*mapped[key], starts, way) for key, way in MAPPED.items()}
+    trace = Trace.load(run, DRAWN, steps[chosen])
+    series = {key: _series(trace, lines, *SERIES[key]) for key in SERIES} | _ledger(trace, lines)
+    series["entering"] = _entering(trace, lines)
+    meta = trace.meta
     return plain(
         {
             **overview(run, name),
             "schema": SCHEMA,
             "verdict": summary["verdict"],
             "sentence": summary["sentence"],
-            "planned": diagnosis.profile(trace).planned if len(steps) else meta.get("planned_steps"),
+            "planned": diagnosis.profile(trace).planned,
             "layers": [_layer(trace, i, lines) for i in lines],
             "steps": steps[chosen].tolist(),
             "sampled": len(steps),
@@ -186,16 +187,10 @@ def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
     )
 
 
-def _judged(trace: Trace) -> dict[str, Any]:
-    """Findings and notes of a run that has not written its own."""
+def _judged(trace: Trace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run that has not ended would write: findings with notes, and the summary."""
     found = diagnosis.diagnose(trace) if len(trace.sampled_steps) else []
-    return {"findings": plain(found), "notes": diagnosis.notes(trace)}
-
-
-def _finding(told: dict[str, Any]) -> Finding:
-    """A stored finding as the object it was; what a later version adds is left out."""
-    own = {key: told[key] for key in Finding.__dataclass_fields__ if key in told}
-    return Finding(**{**own, "layers": tuple(own["layers"])})
+    return {"findings": found, "notes": diagnosis.notes(trace)}, diagnosis.summarize(trace, found)
 
 
 def _series(trace: Trace, lines: list[int], column: str, log: bool, whose: str) -> tuple[np.ndarray, np.ndarray]:
@@ -223,11 +218,12 @@ def _ledger(trace: Trace, lines: list[int]) -> dict[str, tuple[np.ndarray, np.nd
     return out
 
 
-def _entering(trace: Trace, lines: list[int], chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _entering(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """log10 ‖a‖ of what each weight layer read."""
-    told = [[bridge.entering(trace, i, int(at)) for i in lines] for at in chosen]
-    values = np.array([[math.nan if x is None else x for x in row] for row in told]).reshape(len(chosen), len(lines))
-    there = np.array([[x is not None for x in row] for row in told], bool).reshape(values.shape)
+    shape = len(trace.sampled_steps), len(lines)
+    told = [[bridge.entering(trace, i, at) for i in lines] for at in range(shape[0])]
+    values = np.array([[math.nan if x is None else x for x in row] for row in told]).reshape(shape)
+    there = np.array([[x is not None for x in row] for row in told], bool).reshape(shape)
     with np.errstate(all="ignore"):
         return np.log10(values), there
 
