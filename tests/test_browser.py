@@ -191,6 +191,8 @@ def runs(tmp_path_factory):
     tried |= {"before": {"decades": -5.0, "loss": 2.3, "accuracy": 0.1}, "after": after, "seeds": 3, "steps": 100}
     told.append(write_run(root / "remedied", sick(8), [tried | {"verdict": "works", "recommended": True}]))
     told.append(write_run(root / "hostile", renamed(sick(5), HOSTILE)))
+    (root / "only-events").mkdir()
+    shutil.copy(next(told[0].glob("events.out.*")), root / "only-events")
     return root, told
 
 
@@ -534,6 +536,16 @@ def test_the_tab_shows_every_run_and_reads_one(tab):
     tab.wait("main h1", lambda e: "dies on its way down" in e.text)
     tab.one("[role=tab][data-view=map]").click()
     tab.wait(".grid canvas")
+
+
+def test_the_tab_says_of_how_many_steps_where_a_trace_is_gone(tab):
+    tab.wait('[data-run="only-events"]', seconds=120).click()
+    tab.wait("main h1", lambda e: "30 of 117 steps are drawn" in e.text)
+    for view in ("map", "profile", "chain"):
+        tab.one(f"[role=tab][data-view={view}]").click()
+        tab.wait(f"[role=tab][data-view={view}][aria-selected=true]")
+    tab.driver.switch_to.default_content()
+    assert tab.console() == []
 
 
 def test_the_tab_follows_tensorboards_theme(tab):

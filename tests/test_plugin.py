@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_folders import sick, write_run
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
 from typed import net
 from werkzeug.test import Client
@@ -14,6 +19,8 @@ from werkzeug.test import Client
 from bpdiag import views
 from bpdiag.dashboard import plugin as module
 from bpdiag.dashboard.plugin import STATIC, GradientFlow
+from bpdiag.dashboard.writer import TAGS, TensorBoardWriter
+from bpdiag.trace import Sample
 
 
 @pytest.fixture
@@ -72,6 +79,43 @@ def test_few_details_are_kept(served, monkeypatch):
     asked(served, "/run", id="sick")
     asked(served, "/run", id="deep/well")
     assert list(served._details) == ["deep/well"]
+
+
+@pytest.fixture
+def only_events(tmp_path):
+    """An event file of ours without a trace, read by TensorBoard itself."""
+    trace = sick(5, steps=range(0, 3000, 2), planned=3000)
+    writer = TensorBoardWriter(tmp_path / "events")
+    rows = {step: [] for step in trace.sampled_steps.tolist()}
+    index = {layer.key: i for i, layer in enumerate(trace.layers)}
+    for line in trace.table.to_pylist():
+        told = {key: value for key, value in line.items() if value is not None and key in TAGS}
+        rows[line["step"]].append((0, index[f"{line['layer']}#{line['call']}"], told))
+    for step, told in rows.items():
+        writer.write(Sample(step, trace.layers, told, [(step, 2.0)], 0.1))
+    writer.close()
+    events = EventMultiplexer(tensor_size_guidance={"scalars": 100}).AddRunsFromDirectory(str(tmp_path))
+    events.Reload()
+    return GradientFlow(TBContext(logdir=str(tmp_path), data_provider=MultiplexerDataProvider(events, str(tmp_path))))
+
+
+def test_without_a_trace_the_event_file_is_drawn_and_says_of_how_many_steps(only_events):
+    assert only_events.is_active()
+    (told,) = json.loads(asked(only_events, "/runs").data)
+    assert (told["id"], told["verdict"]) == ("events", "not judged")
+    drawn = json.loads(asked(only_events, "/run", id="events").data)
+    assert [layer["name"] for layer in drawn["layers"]] == [f"0{n}_linear" for n in range(1, 6)]
+    assert f"{len(drawn['steps'])} of 2999 steps are drawn" in drawn["sentence"]
+    assert 0 < len(drawn["steps"]) < 1500
+    whole = np.frombuffer(base64.b64decode(drawn["series"]["gain"]["data"]), "<i2").reshape(-1, 5)
+    assert whole[0, 0] * drawn["series"]["gain"]["scale"] == pytest.approx(math.log10(0.577 * 0.244), abs=1e-3)
+    assert whole[0, 4] == views.CODES["missing"]
+
+
+def test_a_run_with_a_trace_is_told_once(only_events, tmp_path):
+    write_run(tmp_path / "events", net(3))
+    only_events._found = (-1e9, {})
+    assert [run["verdict"] for run in json.loads(asked(only_events, "/runs").data)] == ["lives"]
 
 
 def test_a_new_run_appears(served, tmp_path):

@@ -1,5 +1,7 @@
 """The tab "Gradient flow" in TensorBoard: the trace folders under its logdir, read when asked, kept until they change.
 
+Where only an event file is left, what TensorBoard has kept of it (``sampled.py``).
+
 TensorBoard finds it by the entry point ``tensorboard_plugins``.  Served beside the static files:
 
     runs          overviews of all runs: summary.json and settings, no trace is read
@@ -23,6 +25,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from bpdiag import views
+from bpdiag.dashboard import sampled
 from bpdiag.trace import TraceError
 
 STATIC = Path(__file__).parent / "static"
@@ -39,6 +42,7 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
 
     def __init__(self, context: base_plugin.TBContext) -> None:
         self._roots = [Path(part) for part in str(context.logdir or "").split(",") if part]
+        self._provider = context.data_provider
         self._lock = threading.Lock()
         self._found: tuple[float, dict[str, Path]] = (-AGAIN, {})
         self._overviews: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -52,7 +56,7 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
 
     def is_active(self) -> bool:
         """Whether there is a run to show."""
-        return bool(self.runs())
+        return bool(self.runs() or self._sampled())
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
         """Our own module, in a frame of its own."""
@@ -80,7 +84,15 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
                     kept = views.overview(run, name)
                     self._overviews[name] = (kept["stamp"], kept)
                 told.append(kept)
-        return told
+        return [*told, *self._sampled().values()]
+
+    def _sampled(self) -> dict[str, dict[str, Any]]:
+        """Overviews of the runs that have an event file of ours and no trace."""
+        if self._provider is None:
+            return {}
+        found = self.runs()
+        known = {*found, *("." for root in self._roots if root in found.values())}  # "." is the logdir itself
+        return sampled.runs(self._provider, "", known)
 
     def detail(self, name: str) -> str:
         """One run in detail, as JSON.
@@ -89,6 +101,8 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
             KeyError: There is none of that name.
             TraceError: Its trace cannot be read.
         """
+        if name not in self.runs():
+            return json.dumps(sampled.detail(self._provider, "", self._sampled()[name]), allow_nan=False)
         run = self.runs()[name]
         stamp = views.stamp(run)
         with self._lock:

@@ -45,10 +45,10 @@ function one(finding, k, run) {
 export function findings(root, app) {
   const { run, state } = app, found = run.findings, facts = run.provenance, versions = Object.entries(facts.versions).map(([k, v]) => `${k} ${v}`);
   draw(root, html`<div class="two"><div>${header(run, false)}
-    ${found.length ? found.map((f, k) => one(f, k, run)) : html`<p class="lead">Nothing to cure in this run.</p>`}
+    ${found.length ? found.map((f, k) => one(f, k, run)) : html`<p class="lead">${run.verdict === "not judged" ? "Without its trace nothing of this run is judged." : "Nothing to cure in this run."}</p>`}
     ${run.notes.length ? html`<h2>Notes</h2>${run.notes.map((text) => html`<p class="soft">${sentence(text)}.</p>`)}` : ""}</div>
     <figure class="strip"></figure></div><div class="tried"></div>
-    <h2>Where the numbers come from</h2><p class="note">${facts.command ? html`<code>${facts.command}</code><br>` : ""}${name(facts.folder)}. ${versions.join(", ")}${facts.machine ? `; ${facts.machine}` : ""}${run.config.seed === undefined ? "" : `; seed ${run.config.seed}`}; optimizer ${facts.optimizer.name ?? "not given"}; every ${facts.every ?? "?"} steps measured.</p>`);
+    <h2>Where the numbers come from</h2><p class="note">${facts.command ? html`<code>${facts.command}</code><br>` : ""}${name(facts.folder)}. ${versions.join(", ")}${facts.machine ? `; ${facts.machine}` : ""}${run.config.seed === undefined ? "" : `; seed ${run.config.seed}`}; optimizer ${facts.optimizer.name ?? "not told"}${facts.every ? `; every ${facts.every} steps measured` : ""}.</p>`);
   const step = found.length ? run.column(found[0].onset_step) : run.column(run.first?.step ?? 0);
   const svg = strip($(".strip", root), run, step);
   if (run.remedies.length) remedies($(".tried", root), run);

@@ -110,7 +110,7 @@ export function reading(run, i, l, chainLink = true) {
   const log = (key) => run.at(key, i, l), [w, s] = [log("weight_factor"), log("slope_factor")];
   const last = layer.next === null, none = "–";
   const span = spread > 1 ? html` <span class="soft">(of ${spread} steps measured here, ${run.spans[i][0]} to ${run.spans[i][1]})</span>` : "";
-  return html`<div class="head">Step <b>${run.steps[i]}</b>${span}, <b>${name(layer.name)}</b> <span class="soft">${layer.kind}, ${layer.fan_in} → ${layer.units}${layer.activation ? `, ${layer.activation}` : ""}</span>:
+  return html`<div class="head">Step <b>${run.steps[i]}</b>${span}, <b>${name(layer.name)}</b> <span class="soft">${layer.kind}${layer.units ? `, ${layer.fan_in} → ${layer.units}` : ""}${layer.activation ? `, ${layer.activation}` : ""}</span>:
     ${finite(d) ? html`<b>${power(d)}</b> of the output's gradient arrives, ${word}` : html`<b>${word}</b>`}.
     ${chainLink ? html`<button type="button" class="link" data-view="chain">See the chain of ${name(layer.name)}</button>` : ""}</div>
     ${item("this layer passes on", last && !finite(log("gain")) ? none : finite(log("gain")) ? html`× ${factor(log("gain"))}` : odd(log("gain")))}
@@ -137,7 +137,7 @@ export function map(root, app) {
   over.setAttribute("height", height + 26);
   draw(over, html`${patterns()}${run.layers.map((_, l) => named(l) && (l === 0 || l === n - 1 || skip === 1 || rowY(0) - rowY(l) > 12)
       ? html`<text class="f tiny" x="${x0 - 8}" y="${rowY(l) + rowHeight / 2 + 4}" text-anchor="end">${side.text(l)}</text>` : "")}
-    ${ticks.map((i) => html`<path d="M${x0 + (i + 0.5) * bw} ${height}v5" stroke="var(--faint)"/><text class="f" x="${x0 + (i + 0.5) * bw}" y="${height + 18}" text-anchor="middle">${run.steps[i]}</text>`)}
+    ${ticks.map(([i, step]) => html`<path d="M${x0 + (i + 0.5) * bw} ${height}v5" stroke="var(--faint)"/><text class="f" x="${x0 + (i + 0.5) * bw}" y="${height + 18}" text-anchor="middle">${step}</text>`)}
     <text class="f" x="${x1}" y="${height + 18}" text-anchor="end">${narrow ? "" : "training step"}</text><g class="values"></g><g class="cursor"></g>`);
   const values = $(".values", over), cursor = $(".cursor", over), read = $(".read", root);
   const move = timeBar($(".time", root), run, state, x0, x1, () => update());
@@ -176,10 +176,11 @@ export function map(root, app) {
   return { svg: over, canvas, rows, file: `${run.id}-map-${state.show}` };
 }
 
-/** Columns under which a step is written: round numbers where there are some. */
+/** [column, the step written under it]: round numbers where there are some. */
 function timeTicks(run, most) {
   const last = run.steps.at(-1) - run.steps[0], unit = 10 ** Math.floor(Math.log10(Math.max(1, last / most)));
   const size = [1, 2, 5, 10].map((k) => k * unit).find((s) => last / s <= most) ?? last;
   const wanted = Array.from({ length: Math.floor(last / size) + 1 }, (_, k) => (Math.ceil(run.steps[0] / size) + k) * size);
-  return [...new Set(wanted.map((step) => run.column(step)))].filter((i) => i < run.steps.length * 0.9 || run.steps.length < 3);
+  const told = new Map(wanted.map((step) => [run.column(step), step]));
+  return [...told].map(([i, step]) => [i, run.spans.length ? step : run.steps[i]]).filter(([i]) => i < run.steps.length * 0.9 || run.steps.length < 3);
 }

@@ -53,7 +53,7 @@ export class Run {
   }
 
   column(step) {
-    const at = this.steps.findIndex((s) => s >= step);
+    const at = this.spans.length ? this.spans.findIndex(([, last]) => last >= step) : this.steps.findIndex((s) => s >= step);
     return at < 0 ? Math.max(0, this.steps.length - 1) : at;
   }
 }
