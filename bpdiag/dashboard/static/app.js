@@ -129,13 +129,20 @@ export async function start(host, root) {
       go({ view: views[(views.indexOf(state.view) + (e.key === "ArrowRight" ? 1 : 4)) % 5] });
     }
   });
-  new ResizeObserver(() => { if (view.clientWidth >= 200 && view.clientWidth !== width && state.view) render(); }).observe(view);
+  new ResizeObserver(() => { if (!root.classList.contains("printing") && view.clientWidth >= 200 && view.clientWidth !== width && state.view) render(); }).observe(view);
   window.addEventListener("theme", () => go({}));
   window.addEventListener("beforeprint", printed);
-  window.addEventListener("afterprint", render);
+  window.addEventListener("afterprint", () => {
+    root.classList.remove("printing");
+    document.documentElement.dataset.theme = root.dataset.theme;
+    render();
+  });
 
-  /** On paper all views stand below each other. */
+  /** On paper all views stand below each other, as wide as a page, dark on light. */
   function printed() {
+    root.classList.add("printing");
+    root.dataset.theme = theme();
+    document.documentElement.dataset.theme = "light";
     view.replaceChildren();
     for (const [key, drawn] of Object.entries(VIEWS)) {
       if (key !== "compare" && !app.run || key === "compare" && app.runs.length < 2) continue;

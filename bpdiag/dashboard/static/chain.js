@@ -39,7 +39,7 @@ export function chain(root, app) {
     <div class="two"><div class="apart"></div><div class="lesson"></div></div>`);
   const host = $(".waterfall", root), svg = $("svg", host), full = host.parentNode.clientWidth;
   const bottom = wayUp(run, 0).includes(l) ? 0 : l; // all that lies on one way with the chosen layer, the rest pale
-  const drawn = wayUp(run, bottom).reverse(), x0 = 62, W = Math.max(full, x0 + 40 * (drawn.length + 1.6)), cell = Math.min(72, (W - x0) / (drawn.length + 1.5)), top = 64, height = 250;
+  const drawn = wayUp(run, bottom).reverse(), x0 = 62, least = root.closest(".printing") ? 28 : 40, W = Math.max(full, x0 + least * (drawn.length + 1.6)), cell = Math.min(72, (W - x0) / (drawn.length + 1.5)), top = 64, height = 250;
   host.style.width = `${W}px`;
   const column = (k) => x0 + k * cell, move = timeBar($(".time", root), run, state, x0, full - 20, () => update());
   let focus = null;
@@ -72,7 +72,7 @@ export function chain(root, app) {
           <rect x="${x}" y="0" width="${cell}" height="${top + height + 20}" fill="transparent" style="cursor:pointer"/></g>`;
       })}
       ${finite(told.closing) && finite(running[chosen]) ? closing() : ""}
-      <text class="f" x="${x0}" y="${top + height + 38}">running product, factor by factor, from the cost (left) to the input side (right)</text>
+      <text class="f" x="${x0}" y="${top + height + 38}">running product, from the cost (left) down</text>
       ${[["--weights", "weights"], ["--slopes", "slopes"], ["--other", "both, or what closes it"]].map(([color, text], k) => html`<rect x="${W - 300 + k * 82}" y="${top + height + 29}" width="10" height="10" fill="var(${color})"/><text class="s" x="${W - 285 + k * 82}" y="${top + height + 38}">${text}</text>`)}
       <g class="axis"><rect x="-2" y="0" width="${x0 - 4}" height="${top + height + 20}" fill="var(--page)"/><text class="f tiny" x="0" y="48">factor</text>${lines.map((v) => html`<text class="f" x="${x0 - 10}" y="${y(v) + 4}" text-anchor="end">${powerSvg(v, 0)}</text>`)}</g>`);
     pin();

@@ -47,7 +47,8 @@ export function profile(root, app) {
   draw(root, html`${header(run, true)}<div class="time"></div><div class="grid profile" tabindex="0" role="application" aria-label="Profile over ${n} layers; up and down choose a layer, left and right a step, Enter opens the chain"><svg class="picture"></svg></div><div class="keys"></div><div class="read"></div>`);
   const host = $(".profile", root), svg = $("svg", host), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 9) : labels(run, 20, ROOMY);
   const rowHeight = Math.max(5, Math.min(narrow ? 20 : 21, Math.round(700 / n))), top = 78, height = top + n * rowHeight, x0 = side.width;
-  const xa = x0 + (W - x0) * (narrow ? 0.5 : 0.41), xb = xa + (narrow ? 22 : 46), xc = narrow ? W - 6 : xb + (W - x0) * 0.26, columns = [xc + 62, xc + 128, xc + 170, W - 4];
+  const charts = W - x0 - (narrow ? 6 : 240), xa = x0 + charts * (narrow ? 0.5 : 0.56), xb = xa + (narrow ? 22 : 46), xc = x0 + charts;
+  const columns = [xc + 62, xc + 128, xc + 170, W - 4];
   const y = (l) => top + (n - 1 - l) * rowHeight + rowHeight / 2, skip = everyLabel(rowHeight);
   // one scale for all steps: what moves between them is the net
   const all = [...run.series.decades.filter(finite), ...(theory ? theory.decades : [])];
