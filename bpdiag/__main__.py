@@ -173,6 +173,7 @@ def _plot(arguments: list[str]) -> int:
     parser.add_argument("run", nargs="+", help="a run folder; of several the profiles lie over each other")
     parser.add_argument("-o", "--output", default="profile.svg", metavar="FILE", help="default: profile.svg")
     parser.add_argument("--step", type=int, metavar="N", help="a sampled step; else the last")
+    parser.add_argument("--json", action="store_true", help="where it was written and of what, as JSON")
     told = parser.parse_args(arguments)
 
     from bpdiag import figure
@@ -180,7 +181,8 @@ def _plot(arguments: list[str]) -> int:
 
     runs = [run for given in told.run for run in _runs(Path(given))]
     names = {run.name if len({r.name for r in runs}) == len(runs) else str(run): run for run in runs}
-    print(figure.write({name: Trace.load(run) for name, run in names.items()}, told.output, told.step))
+    path = figure.write({name: Trace.load(run) for name, run in names.items()}, told.output, told.step)
+    print(json.dumps({"picture": str(path), "runs": [str(run) for run in runs]}, indent=1) if told.json else path)
     return 0
 
 

@@ -409,6 +409,7 @@ def test_runs_are_overlaid_and_the_table_sorts(browser, page):
     browser.press("ENTER")
     browser.wait(".over", lambda e: len(browser.all(".chosen")) == before)
     assert browser.one(f'tr.pick[data-row="{name}"]').get_attribute("aria-selected") == "true"
+    assert browser.driver.switch_to.active_element.get_attribute("data-row") == name
     browser.one("[data-sort=accuracy]").click()
     assert browser.one("[data-sort=accuracy]").find_element("xpath", "..").get_attribute("aria-sort") == "ascending"
     column = "return [...document.querySelectorAll('tr.pick')].map(r => r.cells[r.cells.length - 2].textContent)"
@@ -553,6 +554,21 @@ def test_the_tab_follows_tensorboards_theme(tab):
     tab.js("document.body.classList.add('dark-mode')")
     tab.driver.switch_to.frame(tab.one("iframe"))
     tab.wait("html[data-theme=dark]")
+
+
+def test_the_tab_grows_with_a_run_and_keeps_place_and_keyboard(tab, runs):
+    run = write_run(runs[0] / "growing", sick(4, steps=range(0, 40, 10)))
+    tab.wait('[data-run="growing"]').click()
+    tab.wait(".strip svg")
+    tab.one("[role=tab][data-view=map]").click()
+    tab.wait(".grid canvas")
+    tab.js("document.querySelector('.grid').focus()")
+    tab.press("HOME", "ARROW_UP")
+    shutil.rmtree(run)
+    write_run(run, sick(4, steps=range(0, 200, 10)))
+    tab.wait(".time input", lambda e: e.get_attribute("max") == "19")
+    assert tab.text(".read .head").startswith("Step 0, z2 ")
+    assert tab.js("return document.activeElement.matches('.grid')")
 
 
 def test_the_tab_takes_up_a_run_that_begins(tab, runs):

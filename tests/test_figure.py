@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from run_folders import sick, write_run
@@ -45,6 +47,8 @@ def test_the_command_writes_every_kind(tmp_path, capsys, ending, begin):
     assert main(["plot", str(run), "-o", str(out)]) == 0
     assert out.read_bytes().startswith(begin)
     assert capsys.readouterr().out == f"{out}\n"
+    assert main(["plot", str(run), "-o", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"picture": str(out), "runs": [str(run)]}
 
 
 @pytest.mark.parametrize(

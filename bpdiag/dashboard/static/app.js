@@ -31,13 +31,13 @@ export async function start(host, root) {
     history.replaceState(null, "", `#${new URLSearchParams(Object.entries(told).filter(([, v]) => v !== null && v !== undefined))}`);
   }
 
-  /** Change what is shown; ``focus`` has the keyboard afterwards. */
-  async function go(change, focus) {
-    const mine = ++turn, active = document.activeElement, held = active?.dataset?.view ? `[role=tab][data-view="${change.view ?? state.view}"]` : active?.dataset?.set ? `[data-set="${CSS.escape(active.dataset.set)}"]${active.dataset.to ? `[data-to="${CSS.escape(active.dataset.to)}"]` : ""}` : null;
+  /** Change what is shown; ``focus`` has the keyboard afterwards; ``again``: the run has grown and is read anew. */
+  async function go(change, focus, again = false) {
+    const mine = ++turn, held = focus ?? holder(document.activeElement, change);
     if (change.run !== undefined && change.run !== state.run) change = { step: null, layer: 0, ...change };
     Object.assign(state, change);
-    if (state.view !== "compare" && state.run !== app.run?.id) {
-      draw(view, html`<p class="note">Reading ${name(state.run)} …</p>`);
+    if (state.view !== "compare" && (again || state.run !== app.run?.id)) {
+      if (!again) draw(view, html`<p class="note">Reading ${name(state.run)} …</p>`);
       try {
         const told = new Run(await host.run(state.run));
         if (mine !== turn) return;
@@ -47,12 +47,20 @@ export async function start(host, root) {
         return;
       }
     }
-    const keepScroll = !change.view && !change.run, at = window.scrollY;
+    const stays = !change.view && !change.run, [page, table] = [window.scrollY, $(".tall", view)?.scrollTop ?? 0];
     render();
-    window.scrollTo(0, keepScroll ? at : 0);
-    const target = focus ?? held;
-    if (target) $(target, root)?.focus({ preventScroll: true });
+    window.scrollTo(0, stays ? page : 0);
+    if (stays && $(".tall", view)) $(".tall", view).scrollTop = table;
+    if (held) $(held, root)?.focus({ preventScroll: true });
     if (change.view) app.say(`${TITLES[state.view]}. ${$("h1", view)?.textContent ?? ""}`);
+  }
+
+  /** Where the keyboard is, so that it is there again after a redraw. */
+  function holder(active, change) {
+    const { view: tab, set, to } = active?.dataset ?? {};
+    if (tab) return `[role=tab][data-view="${change.view ?? state.view}"]`;
+    if (set) return `[data-set="${CSS.escape(set)}"]${to ? `[data-to="${CSS.escape(to)}"]` : ""}`;
+    return [".time input", ".grid", ".tall"].find((query) => active?.matches?.(query));
   }
 
   /** The step and layer that one wants to see first: where the first finding begins, the input side. */
@@ -168,8 +176,7 @@ export async function start(host, root) {
     else {
       if (before.get(open.id) !== open.stamp) {
         const end = state.step === app.run?.steps.length - 1, step = app.run?.steps[state.step]; // at the newest step one stays there
-        app.run = null;
-        await go({ step: end ? Number.MAX_SAFE_INTEGER : null, asked: end || step === undefined ? {} : { step, layer: state.layer } });
+        await go({ step: end ? Number.MAX_SAFE_INTEGER : null, asked: end || step === undefined ? {} : { step, layer: state.layer } }, undefined, true);
       } else await go({});
     }
   }

@@ -91,8 +91,8 @@ function cells(host, app, { shown, keys, row, column, low, limit }) {
 function pick(app, ids, from) {
   const { state } = app, there = ids.every((id) => state.picked.includes(id));
   state.picked = there ? state.picked.filter((id) => !ids.includes(id)) : [...state.picked.filter((id) => !ids.includes(id)), ...ids].slice(-LETTERS.length);
-  const again = from?.dataset.pick && `[data-pick="${CSS.escape(from.dataset.pick)}"]`;
-  app.go({}, again);
+  const key = from && ("pick" in from.dataset ? "pick" : "row");
+  app.go({}, key && `[data-${key}="${CSS.escape(from.dataset[key])}"]`);
 }
 
 function overlay(host, app, limit) {
@@ -128,7 +128,7 @@ function table(host, app, names) {
   draw(host, html`<table><thead><tr>${columns.map(([k, title], c) => html`<th class="${numeric[c] ? "n" : ""}" ${k === key ? html`aria-sort="${direction > 0 ? "ascending" : "descending"}"` : ""}><button type="button" data-sort="${k}">${title}${k === key ? (direction > 0 ? " ↑" : " ↓") : ""}</button></th>`)}</tr></thead>
     <tbody>${sorted.map((run) => html`<tr class="pick" tabindex="0" data-row="${run.id}" aria-selected="${state.picked.includes(run.id)}">${columns.map(([, , value, said], c) => html`<td class="${numeric[c] ? "n" : ""}">${said(value(run))}</td>`)}</tr>`)}</tbody></table>`);
   for (const button of $$("[data-sort]", host)) button.onclick = () => { const k = button.dataset.sort; state.sort = [k, key === k ? -direction : 1]; table(host, app, names); $(`[data-sort="${CSS.escape(k)}"]`, host).focus(); };
-  const choose = (tr) => pick(app, [tr.dataset.row]);
+  const choose = (tr) => pick(app, [tr.dataset.row], tr);
   for (const tr of $$("tr.pick", host)) {
     tr.onclick = () => choose(tr);
     tr.onkeydown = (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(tr); } };
