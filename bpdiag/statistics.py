@@ -59,7 +59,7 @@ def dense(x: Tensor) -> Tensor:
 
 def wide(device: torch.device) -> torch.dtype:
     """The widest dtype a device can reduce in: float64 but where there is none (Apple's)."""
-    return _WIDEST.get(device.type, torch.float64)
+    return torch.float64 if device.type == "cpu" else _WIDEST.get(device.type, torch.float64)
 
 
 def mean(x: Tensor) -> Tensor:
@@ -132,6 +132,8 @@ def _large_lengths(rows: Tensor) -> Tensor:
 
 def _wide_lengths(rows: Tensor, widest: torch.dtype) -> Tensor:
     if rows.dtype != widest:
+        if rows.numel() <= PART:
+            return torch.linalg.vector_norm(rows, dim=1, dtype=widest)
         found = [torch.linalg.vector_norm(part, dim=1, dtype=widest) for part in parts(rows)]
         return found[0] if len(found) == 1 else torch.cat(found)
     if not rows.numel():
@@ -226,7 +228,7 @@ def passing(slope: Tensor, largest_slope: float) -> Tensor:
     return torch.ops.aten.threshold_backward(slope.new_ones(()), slope.abs(), limit)
 
 
-def largest_of_units(slope: Tensor, unit_dim: int) -> Tensor:
+def largest_of_units(slope: Tensor, unit_dim: int, stacked: bool = False) -> Tensor:
     """(N,) max |slope| over the batch, and positions: 0 where a unit passes nothing back for any sample.
 
     One batch proves nothing: a unit is called dead when that holds for several.
@@ -234,13 +236,14 @@ def largest_of_units(slope: Tensor, unit_dim: int) -> Tensor:
     Args:
         slope: phi'(z), with units along ``unit_dim``, of at least one element.
         unit_dim: 1 for (B, N) and (B, C, H, W), -1 for (B, T, N).
+        stacked: the first dimension counts n such tensors; then (n, N).
 
     Example:
         >>> largest_of_units(torch.tensor([[0.0, 1.0], [0.0, -2.0]]), 1)
         tensor([0., 2.])
     """
     size = dense(slope).abs()
-    others = [d for d in range(size.dim()) if d != unit_dim % size.dim()]
+    others = [d for d in range(int(stacked), size.dim()) if d != unit_dim % size.dim()]
     return size.amax(others) if others else size
 
 
@@ -295,18 +298,18 @@ def mean_cosine(z: Tensor) -> Tensor:
 
 
 def sum_of_units(rows: Tensor, lengths: Tensor) -> Tensor:
-    """sum of row_i / r_i: (N,) for rows (B, N) and their lengths r (B,); in float32 at least.
+    """sum of row_i / r_i: (N,) for rows (B, N) and their lengths r (B,), (n, N) for n such; in float32 at least.
 
     Example:
         >>> sum_of_units(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([3.0, 2.0]))
         tensor([1., 1.])
     """
     rows = rows.float() if rows.element_size() < 4 else rows
-    lengths = lengths.to(rows.dtype).unsqueeze(1)
+    lengths = lengths.to(rows.dtype).unsqueeze(-1)
     several = parts(rows)
     if len(several) == 1:
-        return (rows / lengths).sum(0)  # not a matrix product: autocast would round it
-    return torch.stack([(x / r).sum(0) for x, r in zip(several, lengths.split(len(several[0])), strict=True)]).sum(0)
+        return (rows / lengths).sum(-2)  # not a matrix product: autocast would round it
+    return torch.stack([(x / r).sum(-2) for x, r in zip(several, lengths.split(len(several[0])), strict=True)]).sum(0)
 
 
 @statistic(of="update", degree=1)

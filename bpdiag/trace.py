@@ -68,6 +68,8 @@ COLUMNS: dict[str, str] = {
     "decades": "D = log10(|g_z| / |g_z of the last weight layer|)",
     "nonfinite_sample": "index in the batch (first dimension) of the one sample whose numbers in this call are not "
     "finite: of its input, else its output, else its cotangent; null where all are finite or no sample is alone in it",
+    "nan_samples": "how many samples of the batch hold a nan, of the same tensor; null where all are finite",
+    "inf_samples": "how many hold an infinity and no nan, or too large a norm for a double; null likewise",
 }
 
 

@@ -88,3 +88,16 @@ def test_a_finite_step_names_none_and_reads_once(monkeypatch):
     reads.clear()
     told(mlp(), batch(4))
     assert len(reads) > 1  # where it is needed it is paid
+
+
+def test_samples_with_a_nan_and_with_an_infinity_are_counted_apart():
+    x = batch(1, 4)
+    x[2], x[3, 0], x[5, 3] = INF, -INF, INF
+    x[4, 2] = INF  # it holds a nan too
+    trace = told(nn.Sequential(nn.Identity(), nn.Linear(4, 2, bias=False)), x)[1]
+    (row,) = [row for row in trace.to_arrow().to_pylist() if row["layer"] == "1"]
+    assert (row["nan_samples"], row["inf_samples"], row["nonfinite_sample"]) == (2.0, 3.0, None)
+    (finding,) = [f for f in diagnose(trace) if f.kind == "non_finite"]
+    assert (finding.evidence["nan_samples"], finding.evidence["inf_samples"]) == (2.0, 3.0)
+    (row, *_) = told(mlp(), batch())[1].to_arrow().to_pylist()
+    assert row["nan_samples"] is row["inf_samples"] is None  # the twin: missing is not 0

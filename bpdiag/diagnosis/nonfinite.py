@@ -61,6 +61,9 @@ def non_finite(p: Profile) -> Iterator[Finding]:
             if sample is not None and cause != "weights":
                 evidence["sample"] = sample
                 where += f", in sample {sample:.0f} of the batch alone"
+            nan, infinite = (trace.value(f"{word}_samples", index, at) for word in ("nan", "inf"))
+            if nan is not None and infinite is not None and cause != "weights":
+                evidence |= {"nan_samples": nan, "inf_samples": infinite}
             where += f", at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
         if at:
             ratio = trace.column("update_ratio")[0][at - 1]

@@ -65,13 +65,13 @@ class Call:
     gap: dict[Call, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # operations between it and a parent
     inputs: int = 1  # tensors with a graph that it was given
     adds: Call | None = None  # of a sum of no module: the last module's call among what it adds
-    values: dict[str, Tensor | float] = dataclasses.field(default_factory=dict)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)  # Tensor or Held; floats once the host has read
     histograms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # elements: rms = norm / sqrt(size)
     samples: int = 0  # whose pairs the mean cosine is of
     events: dict[int, int] = dataclasses.field(default_factory=dict)  # cotangents that arrived, by output
     # what this call sends to one that others read too; None: several backwards, or none, went that way
-    edges: dict[Call, Tensor | float | None] = dataclasses.field(default_factory=dict)
+    edges: dict[Call, Any] = dataclasses.field(default_factory=dict)
     edge_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # that against its own cotangent
     gap_gains: dict[Call, float] = dataclasses.field(default_factory=dict)  # and against what it sends into its gap
 
@@ -185,7 +185,9 @@ def kept_by(x: Tensor, rule: type[Activation]) -> tuple[Tensor, ...] | None:
 def weight_of(module: nn.Module) -> nn.Parameter | None:
     """Its weight, where it is a parameter that can be read: computed ones (weight_norm, pruning) cannot unasked."""
     weight = module._parameters.get("weight")
-    return weight if weight is not None and weight.is_leaf and not is_lazy(weight) else None
+    if weight is None or not weight.is_leaf or (type(weight) is not nn.Parameter and is_lazy(weight)):
+        return None
+    return weight
 
 
 def fan_in(module: nn.Module) -> int | None:

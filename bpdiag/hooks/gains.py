@@ -49,7 +49,7 @@ def derive(calls: Sequence[Call], given: Collection[Call]) -> tuple[dict[Call, W
 def _finish_norms(call: Call, gaps: list[Gap]) -> None:
     """Several outputs' cotangents into one norm, rms from norms; say why a cotangent is missing."""
     own = call.g
-    if any(count > 1 for count in call.events.values()):
+    if max(call.events.values(), default=0) > 1:
         for name in [n for n in call.values if n.startswith(("g_z", "g_a"))]:
             del call.values[name]
         call.sizes = {k: v for k, v in call.sizes.items() if not k.startswith("g_")}

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from bpdiag.hooks.between import names
 from bpdiag.hooks.call import Call, leaves
 from bpdiag.hooks.reading import norm_by_sample
+from bpdiag.hooks.shelf import Shelf
 from bpdiag.hooks.sums import ADDITIONS, call_of, joins
 
 MOST_NODES = 10_000  # looked at between two layers
@@ -51,8 +52,9 @@ class Walk:
 class Graph:
     """The graph of one forward pass, as far as it was walked."""
 
-    def __init__(self) -> None:
+    def __init__(self, shelf: Shelf) -> None:
         self.made_by: dict[Place, Call] = {}
+        self._shelf = shelf
         self._readers: dict[Place, dict[Edge | None, dict[Call | None, None]]] = {}
         self._below: dict[Any, Walk] = {}  # a checkpoint -> what its input was computed from
         self._sums: dict[tuple[str, int], Call] = {}
@@ -90,15 +92,17 @@ class Graph:
     def _down(self, outs: Sequence[Tensor], within: Any, inputs: Collection[Place] | None) -> Walk:
         walk = Walk()
         for out in outs:
-            if out.grad_fn is None:
+            node = out.grad_fn
+            if node is None:
                 continue
-            if (out.grad_fn, out.output_nr) in self.made_by:
-                walk.parents[self.made_by[out.grad_fn, out.output_nr]] = None
-                walk.crossed.append(((out.grad_fn, out.output_nr), None))
-            elif is_checkpoint(out.grad_fn):
-                self._end_at(out.grad_fn, walk)
+            place = node, out.output_nr
+            if place in self.made_by:
+                walk.parents[self.made_by[place]] = None
+                walk.crossed.append((place, None))
+            elif is_checkpoint(node):
+                self._end_at(node, walk)
             else:
-                self._descend(out.grad_fn, walk, self._below.get(within), inputs)
+                self._descend(node, walk, self._below.get(within), inputs)
         return walk
 
     def _descend(self, top: Any, walk: Walk, entry: Walk | None, inputs: Collection[Place] | None) -> None:
@@ -119,9 +123,10 @@ class Graph:
                         walk.parents |= entry.parents
                         walk.through |= entry.through
                     continue
-                walk.crossed.append(((node, number), (above, i)))
-                if (node, number) in self.made_by:
-                    walk.parents[self.made_by[node, number]] = None
+                place = node, number
+                walk.crossed.append((place, (above, i)))
+                if place in self.made_by:
+                    walk.parents[self.made_by[place]] = None
                 elif is_checkpoint(node):
                     self._end_at(node, walk)
                 elif node not in seen:
@@ -218,7 +223,7 @@ class Graph:
                     alone.setdefault((reader, source), []).append(edge)
         for (reader, source), ways in alone.items():
             if len(ways) == 1:  # of several the norms do not add
-                _measure(reader, source, *ways[0])
+                _measure(reader, source, *ways[0], self._shelf)
 
     def _source(self, place: Place, readers: Iterable[Call | None]) -> Call | None:
         """Whose output it is, or was before a function changed it."""
@@ -281,10 +286,10 @@ def is_checkpoint(node: Any) -> bool:
     return bool(node.name() == "CheckpointFunctionBackward")
 
 
-def _measure(reader: Call, source: Call, node: Any, i: int) -> None:
+def _measure(reader: Call, source: Call, node: Any, i: int, shelf: Shelf) -> None:
     def arrived(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
         g = grad_inputs[i]
         again = source in reader.edges  # a second backward through the same graph
-        reader.edges[source] = None if again or g is None else norm_by_sample(g)
+        reader.edges[source] = None if again or g is None else norm_by_sample(g, shelf)
 
     node.register_hook(arrived)

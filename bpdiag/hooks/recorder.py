@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,13 @@ from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, ru
 from bpdiag.hooks.cuts import Cuts
 from bpdiag.hooks.gains import derive
 from bpdiag.hooks.graph import Graph, View, Walk, is_checkpoint, on_gradient, where_gradients_come
+from bpdiag.hooks.hook import Hook, what_hooks_stand_on
 from bpdiag.hooks.loss import loss_path
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.passes import Passes, recomputing
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
 from bpdiag.hooks.scale import ScalerClock, Scales, divide
+from bpdiag.hooks.shelf import Held, Shelf
 from bpdiag.hooks.slopes import Slopes
 from bpdiag.hooks.symmetry import Symmetry
 from bpdiag.hooks.table import LayerTable
@@ -31,23 +34,6 @@ from bpdiag.hooks.turns import Turns
 from bpdiag.hooks.unseen import Overlooked, foreign_parameters, named_modules, refuse, unseen
 from bpdiag.hooks.weights import Weights
 from bpdiag.trace import COLUMNS, Sample, Sink
-
-
-class _Hook:
-    """A hook that a copy or a pickle of the model does not take along: there it does nothing."""
-
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any) -> None:
-        if self.call is not None:
-            self.call(*args)
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
 
 
 class Recorder:
@@ -81,7 +67,7 @@ class Recorder:
         self._losses: list[tuple[int, Tensor | float]] = []
         self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
-        self._slopes, self._weights = Slopes(), Weights(self._clock)
+        self._shelf, self._slopes, self._weights = Shelf(), Slopes(), Weights(self._clock)
         self._symmetry, self._cuts = Symmetry(), Cuts()
         self._stepped: set[torch.optim.Optimizer] = set()  # since the last step ended
         self._skipped: list[int] = []  # steps, until the next sample
@@ -165,9 +151,9 @@ class Recorder:
         if self._eager is None and "torch._dynamo" in sys.modules:
             self._eager = torch.compiler.set_stance("force_eager")  # what is compiled runs as written: hooks fire there
         # hooks stand as long as every step is sampled and nothing changes that they were put up by
-        weights = ((m, m._parameters.get("weight")) for m in self.model.modules())
-        standing = [(m, w, w is not None and w.requires_grad, m.__dict__.get("inplace")) for m, w in weights]
-        if not self._handles or not _same(standing, self._standing):
+        standing = what_hooks_stand_on(self.model)
+        before = self._standing
+        if not self._handles or len(standing) != len(before) or not all(map(operator.is_, standing, before)):
             self._take_down()
             self._put_up()
             self._standing = standing
@@ -177,24 +163,25 @@ class Recorder:
     def _put_up(self) -> None:
         self._names = {module: name for name, module in named_modules(self.model)}
         self._silent = [module for module in self._names if is_leaf(module)]
-        self._handles.append(self.model.register_forward_pre_hook(_Hook(self._new_pass)))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(self._new_pass)))
         for module in self._names:
             if is_leaf(module):
-                self._handles.append(module.register_forward_hook(_Hook(self._forward), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(Hook(self._forward), with_kwargs=True))
             rule = rule_of(module)
             if rule and rule.saves == "input" and getattr(module, "inplace", False):
-                self._handles.append(module.register_forward_pre_hook(_Hook(self._before_overwriting)))
-        self._handles.append(self.model.register_forward_hook(_Hook(self._given_out), always_call=True))
+                self._handles.append(module.register_forward_pre_hook(Hook(self._before_overwriting)))
+        self._handles.append(self.model.register_forward_hook(Hook(self._given_out), always_call=True))
         for weight in self._watched_weights():
             if weight.requires_grad:
                 met, left = self._weights.met_by_backward, self._weights.left_by_backward
-                self._handles.append(weight.register_hook(_Hook(partial(met, weight))))
-                self._handles.append(weight.register_post_accumulate_grad_hook(_Hook(left)))
+                self._handles.append(weight.register_hook(Hook(met, self._weights.of(weight))))
+                self._handles.append(weight.register_post_accumulate_grad_hook(Hook(left, self._weights.of(weight))))
 
     def _take_down(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._weights.give_back()
 
     def _release(self) -> None:
         """What outlives a graph goes when its step ends."""
@@ -204,7 +191,6 @@ class Recorder:
 
     def _disarm(self) -> None:
         self._release()
-        self._weights.release()
         self._take_down()
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
@@ -213,13 +199,14 @@ class Recorder:
     def _forget(self) -> None:
         self._calls: list[Call] = []
         self._passes = Passes(self._overlooked.why.__setitem__)
-        self._graph = Graph()
+        self._graph = Graph(self._shelf)
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
         self._outputs: set[tuple[Any, int]] = set()  # the model's own, as places of the graph
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._scales, self._target = Scales(), dict[str, Any]()
+        self._shelf.forget()
         self._slopes.forget()
         self._weights.forget()
 
@@ -228,7 +215,7 @@ class Recorder:
     def _new_pass(self, module: nn.Module, args: Any) -> None:
         if self._passes.enter():
             self._passes.begin(any(call.backward == self._passes.number for call in self._calls))
-            self._graph = Graph()
+            self._graph = Graph(self._shelf)
             self._cuts.begin(args)
             self._entered = [t for t in leaves(args) if t.grad_fn is not None]
 
@@ -255,9 +242,11 @@ class Recorder:
             if self._passes.is_without_gradient():
                 self._cuts.skipped(module, self._names[module])
             return
-        every = (output,) if isinstance(output, Tensor) else leaves(output)
-        outs = [t for t in every if t.is_floating_point() or t.is_complex()]
-        outs = [t for t in outs if t.requires_grad] or outs[:1]
+        if isinstance(output, Tensor) and output.requires_grad:
+            outs = [output]
+        else:
+            outs = [t for t in leaves(output) if t.is_floating_point() or t.is_complex()]
+            outs = [t for t in outs if t.requires_grad] or outs[:1]
         if not outs or torch._C._functorch.is_functorch_wrapped_tensor(outs[0]):
             why = "called under torch.func, whose tensors take no hooks" if outs else "its output holds no tensor"
             self._overlooked.why[module] = why
@@ -288,7 +277,7 @@ class Recorder:
         )
         self._graph.read(walk, call)
         self._calls.append(call)
-        self._measure(call, call.tensor, out)
+        held = self._measure(call, call.tensor, out)
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not x.is_floating_point():
             x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
@@ -296,7 +285,7 @@ class Recorder:
             saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
             if saved is not None:
                 learned = [getattr(module, name) for name in call.rule.learnable]
-                self._slopes.measure(call, call.rule, saved, *learned)
+                self._slope(call, held if saved is out else None, saved, *learned)
         self._symmetry.measure(call)
         self._cuts.called(call, x)
         if x is not None and x is not out and facts.childless:  # in place x is gone
@@ -321,11 +310,11 @@ class Recorder:
     def _await(self, call: Call, i: int, out: Tensor, view: View | None) -> None:
         """Measure the cotangent of the i-th output when it comes, to it or, as ~i, below it."""
 
-        def arrived(g: Tensor) -> None:
-            if ~i not in call.events:
+        def arrived(g: Tensor | None) -> None:
+            if g is not None and ~i not in call.events:
                 self._arrived(call, i, g if view is None else view.of(g))
 
-        handle = on_gradient(out, arrived)
+        handle = out.register_hook(arrived)
         if out.grad_fn is not None:
             self._graph.made_by[out.grad_fn, out.output_nr] = call
         else:  # a parameter or an input handed on: it outlives the step
@@ -333,7 +322,7 @@ class Recorder:
 
     def _arrived(self, call: Call, i: int, g: Tensor) -> None:
         call.events[i] = call.events.get(i, 0) + 1
-        call.values[f"_{call.g}_{i}"] = norm_by_sample(g)
+        call.values[f"_{call.g}_{i}"] = norm_by_sample(g, self._shelf)
         call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
         if i in (0, ~0):
             self._draw(call, call.g, g)
@@ -342,14 +331,30 @@ class Recorder:
         if gradients[0] is not None:
             self._arrived(call, 0, gradients[0])
 
-    def _measure(self, call: Call, tensor: str, x: Tensor) -> None:
-        rows = statistics.by_sample(x)
-        lengths = statistics.lengths(rows)
-        call.values[f"{tensor}_norm"], call.sizes[tensor] = kept(lengths), x.numel()
-        if tensor == "z" and call.fan_in is not None and len(rows) > 1:
-            call.values["_units_norm"] = kept(statistics.sum_of_units(rows, lengths))
-            call.samples = len(rows)
+    def _measure(self, call: Call, tensor: str, x: Tensor) -> Held | None:
+        held = self._shelf.hold(x, call.rule or (tensor, call.fan_in is None))
+        call.sizes[tensor] = x.numel()
+        if held:
+            call.values[f"{tensor}_norm"], samples = held, len(x)
+        else:
+            rows = statistics.by_sample(x)
+            lengths, samples = statistics.lengths(rows), len(rows)
+            call.values[f"{tensor}_norm"] = kept(lengths)
+        if tensor == "z" and call.fan_in is not None and samples > 1:
+            held_too = held and held._replace(of_units=True)
+            call.values["_units_norm"] = held_too or kept(statistics.sum_of_units(rows, lengths))
+            call.samples = samples
         self._draw(call, tensor, x)
+        return held
+
+    def _slope(self, call: Call, held: Held | None, saved: Tensor, *learned: Tensor) -> None:
+        """Of a call's activation, from what its slope is computed from, which may have been ``held`` already."""
+        assert call.rule
+        held = None if learned else held or self._shelf.hold(saved, (call.rule, "slope"))
+        if held:
+            self._slopes.wait(call, call.rule, held)
+        else:
+            self._slopes.measure(call, call.rule, saved, *learned)
 
     def _draw(self, call: Call, tensor: str, x: Tensor) -> None:
         if self.histograms and call.backward == 0:
@@ -378,10 +383,10 @@ class Recorder:
             owner = below = call.parents[0]
             below.rule, below.r = rule, rule.r
             call.gap[below] = tuple(name for name in call.gap[below] if name != operation(rule.node))
-            self._measure(below, "a", x)
+            held = self._measure(below, "a", x)
             saved = kept_by(x, rule)
             if saved is not None:
-                self._slopes.measure(below, rule, *saved)
+                self._slope(below, held if saved[0] is x else None, *saved)
         if owner is None:
             if call.fan_in is not None:
                 self._measure(call, "x", x)
@@ -389,7 +394,7 @@ class Recorder:
                 return
 
         def arrived(g: Tensor) -> None:
-            call.values["_entering_norm"] = norm_by_sample(g)
+            call.values["_entering_norm"] = norm_by_sample(g, self._shelf)
             if owner is not None:
                 self._draw(owner, "g_a", g)
                 owner.values["g_a_norm"], owner.sizes["g_a"] = call.values["_entering_norm"], g.numel()
@@ -442,11 +447,11 @@ class Recorder:
         rate = {k: statistics.mean(v) if isinstance(v, Tensor) else v for k, v in rate.items()}
         tables = [table for call in self._calls for table in (call.values, call.edges)]
         losses = self._read(reading, [*tables, *self._scales.told.values(), rate, self._target])
-        self._name_bad_samples(reading)
+        self._count_bad_samples(reading)
         self._slopes.enter(self._calls)
         self._symmetry.enter(self._calls)
         self._cuts.finish(self._calls, self._given)
-        gaps += self._weights.settle(self._calls, no_update)
+        gaps += self._weights.settle(no_update)
         self._divide_scales_out()
         self._join_checkpoints()
         ways, more = derive(self._calls, self._given)
@@ -473,14 +478,17 @@ class Recorder:
         self._send(sample)
         self._skipped = []
 
-    def _name_bad_samples(self, reading: Reading) -> None:
-        """Which sample of the batch a call's numbers are not finite of, where it is one alone."""
-        alone = reading.samples()
-        for call in self._calls if alone else ():
+    def _count_bad_samples(self, reading: Reading) -> None:
+        """In how many samples of the batch a call's numbers are not finite; which one, where it is one alone."""
+        found = reading.strangers()
+        for call in self._calls if found else ():
             own = f"{call.tensor}_norm", f"_{call.g}_0", f"_{call.g}_{~0}"
-            found = [alone[id(call.values), key] for key in ("x_norm", *own) if (id(call.values), key) in alone]
-            if found:
-                call.values["nonfinite_sample"] = float(found[0])
+            told = [found[id(call.values), key] for key in ("x_norm", *own) if (id(call.values), key) in found]
+            if told:
+                nan, infinite = told[0]
+                call.values |= {"nan_samples": float(sum(nan)), "inf_samples": float(sum(infinite))}
+                if sum(nan) + sum(infinite) == 1:
+                    call.values["nonfinite_sample"] = float((nan if any(nan) else infinite).index(True))
 
     def _keep_trained_passes(self) -> None:
         """Drop the forward passes that no gradient came back to, unless none had any: an evaluation is no training."""
@@ -527,10 +535,3 @@ class Recorder:
         means = [(step, sum(losses) / len(losses)) for step, losses in of_step.items()]
         self.last_loss = means[-1][1] if means else self.last_loss
         return means
-
-
-def _same(one: Sequence[tuple[Any, ...]], other: Sequence[tuple[Any, ...]]) -> bool:
-    """Whether two lists hold the very same objects."""
-    return len(one) == len(other) and all(
-        a is b for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)
-    )

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bpdiag import statistics
 from bpdiag.hooks.call import Call
-from bpdiag.hooks.reading import Reading, norm_by_sample
+from bpdiag.hooks.reading import Reading
+from bpdiag.hooks.reading import kept as kept_parts
+from bpdiag.hooks.shelf import Box, Held
 from bpdiag.rules import Activation
 
 DEAD_WINDOW = 8  # sampled batches a unit must be silent in: in one, chance alone silences many (see diagnosis)
+
+# n calls; (n, N) elements of a unit with a slope that is not small; (n, N) the largest |slope| of a unit
+Measured = tuple[Sequence[Call], Tensor, Tensor | None]
 
 
 class Slopes:
@@ -25,34 +31,58 @@ class Slopes:
 
     def forget(self) -> None:
         """What this step measured; how long each unit has been silent is kept."""
-        self._passing: dict[Call, Tensor] = {}  # (N,) elements of a unit with a slope that is not small
-        self._largest: dict[Call, Tensor] = {}  # (N,) largest |slope| of a unit
+        self._measured: list[Measured] = []
+        self._units: dict[Call, int] = {}
         self._elements: dict[Call, int] = {}
+        # what waits, by kind: the calls, and the place of what their slope is computed from
+        self._waiting: dict[tuple[Box, type[Activation], int], list[tuple[Call, int]]] = {}
 
     def measure(self, call: Call, rule: type[Activation], kept: Tensor, *learned: Tensor) -> None:
         """Of one call, from what its slope is computed from."""
-        slope = statistics.dense(rule.slope(kept.detach(), *[p.detach() for p in learned]))
-        unit = slope.dim() + call.axis
-        others = [d for d in range(slope.dim()) if d != unit]
-        passing = slope
+        slope = rule.slope(kept.detach(), *[p.detach() for p in learned]).unsqueeze(0)
+        self._measure([call], rule, statistics.dense(slope))
+
+    def wait(self, call: Call, rule: type[Activation], kept: Held) -> None:
+        """Of one call whose slope is computed from nothing but what waits on a shelf."""
+        self._waiting.setdefault((kept.box, rule, call.axis), []).append((call, kept.place))
+
+    def _measure(self, calls: Sequence[Call], rule: type[Activation], slopes: Tensor) -> None:
+        """Of n calls alike, from their slopes (n, ...)."""
+        unit = slopes.dim() + calls[0].axis
+        others = [d for d in range(1, slopes.dim()) if d != unit]
+        passing, elements = slopes, slopes[0].numel()
         if not rule.is_switch:
-            call.values["_slope_norm"] = norm_by_sample(slope)
-            passing = statistics.passing(slope, rule.largest_slope)
+            shape = slopes.shape[:2] if slopes.dim() > 1 and elements else (len(calls), 1)
+            norms = statistics.lengths(slopes.reshape(shape[0] * shape[1], -1)).view(shape)
+            for call, norm in zip(calls, norms.unbind(), strict=True):
+                call.values["_slope_norm"] = kept_parts(norm)
+            passing = statistics.passing(slopes, rule.largest_slope)
         if passing.element_size() < 4:
             passing = passing.float()
         if others:
             passing = passing.sum(others[0] if len(others) == 1 else others)  # a list costs as much as the sum of a row
-        self._passing[call] = passing.reshape(-1)
-        self._elements[call] = slope.numel()
-        if unit >= 0 and slope.numel():
-            self._largest[call] = self._passing[call] if rule.is_switch else statistics.largest_of_units(slope, unit)
+        passing = passing.reshape(len(calls), -1)
+        self._elements.update(dict.fromkeys(calls, elements))
+        largest = None
+        if unit >= 1 and elements:
+            self._units.update(dict.fromkeys(calls, slopes.shape[unit]))
+            largest = passing if rule.is_switch else statistics.largest_of_units(slopes, unit, stacked=True)
+        self._measured.append((calls, passing, largest))
 
     def finish(self, calls: Sequence[Call], reading: Reading) -> None:
         """Have the host told of these calls; of the first forward pass, also how many units sleep."""
-        for alike, passing in _stacks(self._passing, calls):
+        for (box, rule, _), waiting in self._waiting.items():
+            stack = box.at([place for _, place in waiting])
+            self._measure([call for call, _ in waiting], rule, statistics.dense(rule.slope(stack)))
+        kept = set(calls)
+        for alike, passing, largest in _joined(self._measured):
             numbers = passing.sum(1, dtype=statistics.wide(passing.device))
             reading.tell(numbers, [(call.values, "_passing") for call in alike])
-        for alike, largest in _stacks(self._largest, [call for call in calls if call.backward == 0]):
+            rows = [i for i, call in enumerate(alike) if call in kept and call.backward == 0]
+            if largest is None or not rows:
+                continue
+            if len(rows) < len(alike):
+                alike, largest = [alike[i] for i in rows], largest[rows]
             kind = largest.shape[1:], largest.device
             known = [(x := self._silence.get(c.key)) is not None and (x.shape, x.device) == kind for c in alike]
             # strangers are taken for silent as long as it takes
@@ -73,14 +103,22 @@ class Slopes:
                 call.values["slope_rms"] = norm / math.sqrt(elements) if elements else math.nan
                 call.values["a_saturated_fraction"] = (elements - passing) / elements if elements else math.nan
             if "_asleep" in call.values:
-                call.values["a_dead_fraction"] = call.values.pop("_asleep") / self._largest[call].shape[0]
+                call.values["a_dead_fraction"] = call.values.pop("_asleep") / self._units[call]
 
 
-def _stacks(vectors: dict[Call, Tensor], calls: Iterable[Call]) -> Iterable[tuple[list[Call], Tensor]]:
-    """Calls whose vectors are of the same kind, and these as one matrix."""
-    alike: dict[tuple[torch.Size, torch.device, torch.dtype], list[Call]] = {}
-    for call in calls:
-        if call in vectors:
-            x = vectors[call]
-            alike.setdefault((x.shape, x.device, x.dtype), []).append(call)
-    return [(group, torch.stack([vectors[call] for call in group])) for group in alike.values()]
+def _joined(measured: Iterable[Measured]) -> Iterable[Measured]:
+    """What is of the same kind, as one."""
+    alike: dict[Any, list[Measured]] = {}
+    for calls, passing, largest in measured:
+        kind = passing.shape[1], passing.device, passing.dtype, largest is passing, largest is None or largest.dtype
+        alike.setdefault((*kind, None if largest is None else largest.shape[1]), []).append((calls, passing, largest))
+    for group in alike.values():
+        if len(group) == 1:
+            yield group[0]
+            continue
+        passing, largest = torch.cat([x for _, x, _ in group]), group[0][2]
+        if largest is group[0][1]:
+            largest = passing
+        elif largest is not None:
+            largest = torch.cat([x for _, _, x in group if x is not None])
+        yield [call for calls, _, _ in group for call in calls], passing, largest

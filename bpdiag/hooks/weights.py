@@ -7,9 +7,9 @@ The host, who reads the result anyway, sees whether that was right; where not, i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,47 @@ from bpdiag.hooks.scale import ScalerClock
 
 FAR = 1e-12, 1e12  # from the ends of float32: rms of what may be squared in it until the next sample
 RIGHT = 1e-15, 1e18  # rms for which that was right; what is under 1e-19 squares to 0, and adds nothing to such a one
-KINDS = ("W", "dW", "g_W", "g_W_raw")
+KINDS = {kind: f"{kind}_norm" for kind in ("W", "dW", "g_W", "g_W_raw")}
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Weight:
+    """One weight and what this step measured of it."""
+
+    p: nn.Parameter
+    narrow: set[str] = dataclasses.field(default_factory=set)  # kinds of numbers far from the ends of float32
+    room: Tensor | None = None  # for the copy, from one sample to the next
+    copy: Tensor | None = None  # in the end what the update took away from it
+    size: Tensor | None = None  # norm of the copy
+    left: tuple[Tensor, int] | None = None  # the gradient as the backward left it, its version
+    raw: Tensor | None = None  # its norm then
+    met: tuple[Tensor, int] | None = None  # and as the optimizer meets it
+    gradient: Tensor | None = None
+    stale: Tensor | float | None = None  # what .grad held before
+
+    def forget(self) -> None:
+        """What this step measured."""
+        self.copy = self.size = self.left = self.raw = self.met = self.gradient = self.stale = None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether this step has measured anything of it."""
+        return not (self.stale is None and self.left is None and self.copy is None)
+
+    def norm(self, kind: str, x: Tensor) -> Tensor:
+        """As a number, or in parts."""
+        if kind in self.narrow and type(x) is Tensor and x.dtype == torch.float32 and x.dim() > 1 and x.is_contiguous():
+            return kept(torch.linalg.vector_norm(x.view(x.shape[0], -1), dim=1))
+        return statistics.norm(x)
+
+    def take_copy(self) -> Tensor:
+        """The weight as it is now."""
+        now = self.p.detach()
+        if self.room is None or not _alike(now, self.room):
+            self.room = now.clone()
+        else:
+            self.room.copy_(now)
+        return self.room
 
 
 class Weights:
@@ -30,96 +70,97 @@ class Weights:
 
     def __init__(self, clock: ScalerClock | None) -> None:
         self._clock = clock
-        self._narrow: set[tuple[str, nn.Parameter]] = set()  # kinds of numbers that are far from the ends of float32
-        self._copies: dict[nn.Parameter, Tensor] = {}
+        self._known: dict[nn.Parameter, _Weight] = {}
         self.forget()
 
     def forget(self) -> None:
-        """What this step measured; the memory of its copies is there for the next, until ``release``."""
-        self._room, self._copies = self._copies, {}
-        self._sizes: dict[nn.Parameter, Tensor] = {}  # norms of the copies
-        self._left: dict[nn.Parameter, tuple[Tensor, int]] = {}  # the gradient as the backward left it, its version
-        self._raw: dict[nn.Parameter, Tensor] = {}  # its norm then
-        self._gradients: dict[nn.Parameter, Tensor] = {}  # and as the optimizer meets it
-        self._stale: dict[nn.Parameter, Tensor | float] = {}  # what .grad held before
-        self._met: dict[nn.Parameter, tuple[Tensor, int]] = {}  # that gradient, and its version
+        """What this step measured."""
+        self._met: list[tuple[Call, nn.Parameter | None]] = []
+        for one in self._known.values():
+            one.forget()
 
-    def release(self) -> None:
-        """Give the memory back: the next step is not sampled."""
-        self._room = {}
+    def give_back(self) -> None:
+        """The memory of the copies, and of weights that are no more: the next step is not sampled."""
+        for one in self._known.values():
+            one.room = None
+        self._known = {p: one for p, one in self._known.items() if one.narrow or one.is_begun}
 
-    def met_by_backward(self, p: nn.Parameter, g: Tensor) -> None:
+    def of(self, p: nn.Parameter) -> _Weight:
+        """What is known of a weight."""
+        if p not in self._known:
+            self._known[p] = _Weight(p)
+        return self._known[p]
+
+    def met_by_backward(self, one: _Weight, g: Tensor) -> None:
         """A backward is about to add to a weight's gradient: the first of a step should find none."""
-        if p not in self._stale:
-            self._stale[p] = 0.0 if p.grad is None else statistics.norm(p.grad)
+        if one.stale is None:
+            before = one.p.grad
+            one.stale = 0.0 if before is None else statistics.norm(before)
 
-    def left_by_backward(self, p: nn.Parameter) -> None:
+    def left_by_backward(self, one: _Weight, p: nn.Parameter) -> None:
         """A backward has added to a weight's gradient; not what another's loss adds when it has been used."""
-        if p.grad is not None and p not in self._met:
-            self._left[p] = p.grad, p.grad._version
-            self._raw[p] = self._norm("g_W_raw", p, p.grad)
+        gradient = p.grad
+        if gradient is not None and one.met is None:
+            one.left = gradient, gradient._version
+            one.raw = one.norm("g_W_raw", gradient.detach())
 
     def copy(self, weights: Iterable[nn.Parameter], with_gradients: bool) -> None:
         """What an optimizer is about to change: those not yet copied."""
         for p in weights:
-            if p not in self._copies:
-                self._copies[p] = copy = _copied(p.detach(), self._room.pop(p, None))
-                self._sizes[p] = self._norm("W", p, copy)  # at once, as all here: it is still in the cache
+            one = self.of(p)
+            if one.copy is None:
+                one.copy = one.take_copy()
+                one.size = one.norm("W", one.copy)  # at once, as all here: it is still in the cache
                 if with_gradients:
-                    self._take_gradient(p)
+                    self._take_gradient(one)
 
-    def _take_gradient(self, p: nn.Parameter) -> None:
+    def _take_gradient(self, one: _Weight) -> None:
         """Its norm as the optimizer meets it: that which the backward left, if nobody has changed it since."""
-        if p.grad is None:
+        gradient = one.p.grad
+        if gradient is None:
             return
-        self._met[p] = p.grad, p.grad._version
-        left, version = self._left.get(p, (None, 0))
-        if left is p.grad and version == p.grad._version:
-            self._gradients[p] = self._raw[p]
+        one.met = gradient, gradient._version
+        left, version = one.left or (None, 0)
+        if left is gradient and version == gradient._version:
+            one.gradient = one.raw
             return
-        self._gradients[p] = self._norm("g_W", p, p.grad)
+        one.gradient = one.norm("g_W", gradient.detach())
         scale = self._clock.scale() if self._clock else None
-        if scale is not None and p in self._raw:
-            self._raw[p] = self._raw[p] / scale
-
-    def _norm(self, kind: str, p: nn.Parameter, x: Tensor) -> Tensor:
-        """As a number, or in parts."""
-        plain = type(x) is Tensor and x.dtype == torch.float32 and x.dim() > 1 and x.is_contiguous()
-        if plain and (kind, p) in self._narrow:
-            return kept(torch.linalg.vector_norm(x.detach().view(x.shape[0], -1), dim=1))
-        return statistics.norm(x)
+        if scale is not None and one.raw is not None:
+            one.raw = one.raw / scale
 
     def drawn(self, call: Call) -> list[tuple[str, Tensor]]:
         """What a histogram is made of; before ``finish``."""
         weight = call.weight
         if weight is None:
             return []
-        pairs = [("W", self._copies.get(weight)), ("g_W", weight.grad if weight in self._gradients else None)]
+        one = self.of(weight)
+        pairs = [("W", one.copy), ("g_W", weight.grad if one.gradient is not None else None)]
         return [(tensor, x) for tensor, x in pairs if x is not None]
 
     def finish(self, calls: Sequence[Call], no_update: str) -> list[Gap]:
         """The norms into the values of the calls whose weights they are; what is missing, and why."""
+        self._met = [(call, call.weight) for call in calls]
         told: dict[nn.Parameter, dict[str, Tensor | float]] = {}
-        for weight in {call.weight: None for call in calls}:
-            if weight is None:
+        for _, weight in self._met:
+            if weight is None or weight in told:
                 continue
-            if weight not in self._gradients:  # a closure's, or a loop's without an optimizer
-                self._take_gradient(weight)
+            one = self.of(weight)
+            if one.gradient is None:  # a closure's, or a loop's without an optimizer
+                self._take_gradient(one)
             numbers = {
-                "W_norm": self._sizes.get(weight) if weight.numel() else None,
-                "g_W_norm": self._gradients.get(weight),
-                "g_W_raw_norm": self._raw.get(weight),
-                "g_W_stale_norm": self._stale.get(weight),
+                "W_norm": one.size if weight.numel() else None,
+                "g_W_norm": one.gradient,
+                "g_W_raw_norm": one.raw,
+                "g_W_stale_norm": one.stale,
             }
-            copy = self._copies.get(weight)
-            if copy is not None and copy.numel() and not no_update:
-                numbers["dW_norm"] = self._norm("dW", weight, copy.sub_(weight.detach()))  # in place: one is enough
-                if copy.element_size() < 4 and weight.grad is not None:
-                    numbers["dW_rounded_fraction"] = statistics.mean(copy[weight.grad != 0] == 0)
+            if one.copy is not None and one.copy.numel() and not no_update:
+                numbers["dW_norm"] = one.norm("dW", one.copy.sub_(weight.detach()))  # in place: one is enough
+                if one.copy.element_size() < 4 and weight.grad is not None:
+                    numbers["dW_rounded_fraction"] = statistics.mean(one.copy[weight.grad != 0] == 0)
             told[weight] = {column: x for column, x in numbers.items() if x is not None}
         gaps: list[Gap] = []
-        for call in calls:
-            weight = call.weight
+        for call, weight in self._met:
             if weight is None:
                 if call.fan_in is not None:
                     gaps += [
@@ -140,51 +181,49 @@ class Weights:
                 gaps.append((call, "g_W_raw_norm", "the backward that left it was not watched"))
         return gaps
 
-    def settle(self, calls: Sequence[Call], no_update: str) -> list[Gap]:
+    def settle(self, no_update: str) -> list[Gap]:
         """The host has read the norms: measure again what float32 could not square; learn what it can, until the next.
 
         A further read, where a number has come near the ends of float32 since the last sample.
         """
         gaps: list[Gap] = []
-        told = [
-            (call, weight, kind, f"{kind}_norm")
-            for call in calls
-            if (weight := call.weight) is not None and weight.numel()
-            for kind in KINDS
-            if f"{kind}_norm" in call.values
-        ]
-        fit = set()
-        for call, weight, kind, column in told:
-            rms = float(call.values[column]) / math.sqrt(weight.numel())
-            if (kind, weight) in self._narrow and not (RIGHT[0] < rms < RIGHT[1] or math.isnan(rms)):
-                again = self._again(kind, weight, bool(no_update))
-                del call.values[column]
-                if again is None:
-                    gaps.append((call, column, "it came near the ends of float32: told from the next sample on"))
-                else:
-                    call.values[column] = again.item()
-            elif FAR[0] < rms < FAR[1]:
-                fit.add((kind, weight))
-        self._narrow = fit
+        fit: dict[nn.Parameter, set[str]] = {}
+        for call, weight in self._met:
+            size = weight.numel() if weight is not None else 0
+            if weight is None or not size:
+                continue
+            one, fit_here = self._known[weight], fit.setdefault(weight, set())
+            for kind, column in KINDS.items():
+                norm = call.values.get(column)
+                if norm is None:
+                    continue
+                rms = norm / math.sqrt(size)
+                if kind in one.narrow and not (RIGHT[0] < rms < RIGHT[1] or math.isnan(rms)):
+                    again = self._again(kind, one, bool(no_update))
+                    del call.values[column]
+                    if again is None:
+                        gaps.append((call, column, "it came near the ends of float32: told from the next sample on"))
+                    else:
+                        call.values[column] = again.item()
+                elif FAR[0] < rms < FAR[1]:
+                    fit_here.add(kind)
+        for weight, one in self._known.items():
+            one.narrow = fit.get(weight, set())
         return gaps
 
-    def _again(self, kind: str, p: nn.Parameter, no_update: bool) -> Tensor | None:
+    def _again(self, kind: str, one: _Weight, no_update: bool) -> Tensor | None:
         """A norm in float64, of what is still there."""
         if kind.startswith("g_W"):
-            gradient, version = self._met[p]
-            changed = gradient._version != version or (kind == "g_W_raw" and self._raw[p] is not self._gradients[p])
+            assert one.met
+            gradient, version = one.met
+            changed = gradient._version != version or (kind == "g_W_raw" and one.raw is not one.gradient)
             return None if changed else statistics.norm(gradient)
-        copy = self._copies[p]
+        assert one.copy is not None
         if kind == "W" and not no_update:
-            return statistics.norm(p.detach().double() + copy.double())
-        return statistics.norm(copy)
+            return statistics.norm(one.p.detach().double() + one.copy.double())
+        return statistics.norm(one.copy)
 
 
-def _copied(now: Tensor, room: Tensor | None) -> Tensor:
-    if room is None or type(room) is not type(now) or _kind(room) != _kind(now):
-        return now.clone()
-    return room.copy_(now)
-
-
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.dtype, x.device, x.stride()
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether one can be copied onto the other as a clone would be."""
+    return type(x) is type(y) and (x.shape, x.dtype, x.device, x.stride()) == (y.shape, y.dtype, y.device, y.stride())
