@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import bpdiag
+from bpdiag import commands
 from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest, says_yes
 
 HELP = """bpdiag: see where your gradient dies, and why.
@@ -27,6 +28,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
   bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json] [--fail-on harm]
+  bpdiag diagnose RUN --cure       and try remedies on copies, for up to remedy.seconds
   bpdiag report RUN ... -o FILE    one page that opens offline: map, profile, findings, chain, comparison
   bpdiag plot RUN ... -o FILE      the profile as a picture: .svg, .png or .pdf  [--step N]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
@@ -106,6 +108,7 @@ def _diagnose(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
+    parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
     parser.add_argument("--fail-on", metavar="SEVERITY", help="exit with 1 if a run has a finding: harm, warning")
     told = parser.parse_args(arguments)
     if told.fail_on is not None:
@@ -115,7 +118,7 @@ def _diagnose(arguments: list[str]) -> int:
     from bpdiag.trace import Trace, TraceError, plain
 
     judged, refused = [], []
-    for run in [run for given in told.run for run in _runs(Path(given))]:
+    for run in [run for given in told.run for run in commands.runs_in(Path(given))]:
         try:
             trace = Trace.load(run)
             if not len(trace.sampled_steps):
@@ -123,88 +126,48 @@ def _diagnose(arguments: list[str]) -> int:
             judged.append((run, trace, diagnosis.diagnose(trace)))
         except TraceError as error:  # one that cannot be read stops no other
             refused.append(str(error))
+    cures = _cure_stored(judged) if told.cure else {}
     if told.json and judged:
-        found = [{"run": str(run), "findings": f, "notes": diagnosis.notes(trace)} for run, trace, f in judged]
+        found = [
+            {
+                "run": str(run),
+                "findings": f,
+                "notes": diagnosis.notes(trace),
+                **(cures[run].to_dict() if run in cures else {}),
+            }
+            for run, trace, f in judged
+        ]
         print(json.dumps(plain(found), indent=1, ensure_ascii=False))
     elif len(judged) == 1:
         run, trace, findings = judged[0]
         terminal.report(trace, findings, run, terminal.console())
+        terminal.cure(cures.get(run), terminal.console())
     else:
         for run, trace, findings in judged:
             terminal.brief(run, trace, findings, terminal.console())
+            terminal.cure(cures.get(run), terminal.console())
     for message in refused:
         print(f"bpdiag: {message}", file=sys.stderr)
     failed = any(f.severity in FAILS.get(told.fail_on, ()) for _, _, findings in judged for f in findings)
+    if any(cure.interrupted for cure in cures.values()):
+        raise KeyboardInterrupt
     return 2 if refused else 1 if failed else 0
 
 
-def _runs(folder: Path) -> list[Path]:
-    """The run folder given, or the run folders in it, in natural order."""
-    from bpdiag.views import find
+def _cure_stored(judged: list[Any]) -> dict[Path, Any]:
+    """What was tried for each run that has findings, by its folder, and kept there."""
+    from bpdiag import terminal
+    from bpdiag.remedy import cure_stored, keep
 
-    if says_yes(folder.is_dir) and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
-        return find(folder) or [folder]
-    return [folder]
-
-
-def _report(arguments: list[str]) -> int:
-    """``bpdiag report RUN ... -o FILE``: one page that opens offline."""
-    parser = argparse.ArgumentParser(prog="bpdiag report", description="One page of runs that opens offline.")
-    parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
-    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="default: report.html")
-    parser.add_argument("--json", action="store_true", help="where it was written and of what, as JSON")
-    parser.add_argument("--quiet", action="store_true", help="nothing but errors")
-    told = parser.parse_args(arguments)
-
-    from bpdiag import report
-
-    runs = [run for given in told.run for run in _runs(Path(given))]
-    path = report.write_html(runs, told.output)
-    if told.json:
-        print(json.dumps({"page": str(path), "runs": [str(run) for run in runs]}, indent=1))
-    elif not told.quiet:
-        print(f"{path}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {path.stat().st_size / 1000:.0f} kB")
-    return 0
-
-
-def _plot(arguments: list[str]) -> int:
-    """``bpdiag plot RUN ... -o FILE``: the profile as a picture."""
-    parser = argparse.ArgumentParser(prog="bpdiag plot", description="The gradient profile as SVG, PNG or PDF.")
-    parser.add_argument("run", nargs="+", help="a run folder; of several the profiles lie over each other")
-    parser.add_argument("-o", "--output", default="profile.svg", metavar="FILE", help="default: profile.svg")
-    parser.add_argument("--step", type=int, metavar="N", help="a sampled step; else the last")
-    parser.add_argument("--json", action="store_true", help="where it was written and of what, as JSON")
-    told = parser.parse_args(arguments)
-
-    from bpdiag import figure
-    from bpdiag.trace import Trace
-
-    runs = [run for given in told.run for run in _runs(Path(given))]
-    names = {run.name if len({r.name for r in runs}) == len(runs) else str(run): run for run in runs}
-    path = figure.write({name: Trace.load(run) for name, run in names.items()}, told.output, told.step)
-    print(json.dumps({"picture": str(path), "runs": [str(run) for run in runs]}, indent=1) if told.json else path)
-    return 0
-
-
-def _diff(arguments: list[str]) -> int:
-    """``bpdiag diff RUN RUN``: what differs between two runs, and where their numbers part."""
-    parser = argparse.ArgumentParser(prog="bpdiag diff", description="What differs between two runs.")
-    parser.add_argument("run", nargs=2, help="a run folder")
-    told = parser.parse_args(arguments)
-
-    from bpdiag.difference import compare
-    from bpdiag.trace import Trace
-
-    difference = compare(*(Trace.load(run) for run in told.run))
-    for key, (one, other) in difference.asked.items():
-        print(f"{key}: {one} against {other}")
-    if difference.layers:
-        print(difference.layers)
-    if difference.parting:
-        print(f"the numbers part at {difference.parting}")
-    else:
-        print(f"no number parts in {difference.common_steps} sampled steps")
-    return 0
+    cures = {}
+    for run, trace, findings in judged:
+        if findings:
+            with terminal.trying(terminal.console(stderr=True)) as trying:
+                cures[run] = cure_stored(run, trace, findings, trying)
+            keep(cures[run], run)
+            if cures[run].interrupted:
+                break
+    return cures
 
 
 def _chain(arguments: list[str]) -> int:
@@ -269,9 +232,9 @@ def _predict(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "diagnose": _diagnose,
-    "report": _report,
-    "plot": _plot,
-    "diff": _diff,
+    "report": commands.report,
+    "plot": commands.plot,
+    "diff": commands.diff,
     "chain": _chain,
 }
 
@@ -397,13 +360,19 @@ def _job(composed: Any) -> Any:
     from bpdiag.training import train
 
     config, folder = _config(composed), Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode is RunMode.MULTIRUN or TELLS.get() == "quiet":
+    several = HydraConfig.get().mode is RunMode.MULTIRUN
+    if several and not any(word.startswith("remedy.") for word in HydraConfig.get().overrides.task):
+        config.remedy.steps = 0  # each sick job would take twice as long
+    if several or TELLS.get() == "quiet":
         result = train(config, folder)
+        cure = _cure(result)
     elif TELLS.get() == "json":
         from bpdiag.trace import plain
 
         result = train(config, folder)
+        cure = _cure(result)
         told = {"run": str(_relative(folder)), "metrics": result.metrics, "findings": result.findings}
+        told |= cure.to_dict() if cure else {}
         print(json.dumps(plain(told), indent=1, ensure_ascii=False))
     else:
         out = terminal.console()
@@ -418,7 +387,24 @@ def _job(composed: Any) -> Any:
             raise
         terminal.report(result.trace, result.findings, _relative(folder), out)
         terminal.metrics(result.metrics, out)
+        with terminal.trying(out) as trying:
+            cure = _cure(result, trying)
+        terminal.cure(cure, out)
+    if cure is not None and cure.interrupted:
+        raise KeyboardInterrupt
     return Outcome.of(result.trace, result.findings, result.metrics, flat(config))
+
+
+def _cure(result: Any, progress: Any = None) -> Any:
+    """Remedies for a run with findings, tried for no longer than it took, and kept; None where none are asked for."""
+    if not result.findings or not result.config.remedy.steps:
+        return None
+    from bpdiag.remedy import cure_run, keep
+
+    told = result.config, result.trace, result.findings, result.metrics
+    cure = cure_run(*told, no_dearer=True, progress=progress)
+    keep(cure, result.folder)
+    return cure
 
 
 def _relative(folder: Path) -> Path:

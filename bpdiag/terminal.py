@@ -395,3 +395,74 @@ def metrics(told: dict[str, Any], out: Console) -> None:
         f"test accuracy {100 * told['test_accuracy']:.2f} %, training loss {told['train_loss']:.4g} "
         f"after {told['steps']} steps in {told['seconds']:.1f} s{stopped}"
     )
+
+
+MOST_REMEDIES = 12  # lines of their table
+REMEDY_VERDICTS = {"works": ("●", "bold"), "helps": ("◐", "default"), "does_not": ("–", "dim")}
+
+
+def cure(told: Any, out: Console) -> None:
+    """What was tried on copies, before and after at equal steps, and the change to make; nothing that did not work.
+
+    ``told``: a ``Cure``; None says nothing.
+    """
+    if told is None:
+        return
+    if told.remedies:
+        out.print()
+        out.print(_remedies(told))
+        if (more := len(told.remedies) - MOST_REMEDIES) > 0:
+            out.print(f"and {more} more that were no better", style="dim")
+    if (best := told.recommended) is not None:
+        right = f", {percent(best.after['accuracy'])} right or more" if best.after["accuracy"] >= 0 else ""
+        seeds = f"on {len(best.seeds)} seeds, after {best.steps} steps"
+        out.print(Text(f"● {best.name} works: {seeds}, a loss of {_number(best.after['loss'], 2)} or less{right}."))
+        change = " ".join(map(_quoted, best.overrides)) or best.change
+        out.print(Padding(Text(f"add    {change}" if best.overrides else change, style="bold"), (0, 0, 0, 2)))
+    elif told.remedies:
+        out.print("None was seen to work on every seed, so none is recommended.")
+    for note in told.notes:
+        out.print(Padding(Text(f"note: {note}", style="dim"), (0, 0, 0, 2)))
+
+
+def _quoted(override: str) -> str:
+    """For a shell."""
+    return f'"{override}"' if "'" in override else shlex.quote(override)
+
+
+def _remedies(told: Any) -> Table:
+    """One line for each that was tried, the recommended first."""
+    title = f"remedies tried on copies, {len(told.remedies)} in {told.seconds:.0f} s: before → after, at equal steps"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table.add_column("remedy")
+    for heading in ("steps", "seeds", "decades", "loss", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for remedy in told.remedies[:MOST_REMEDIES]:
+        glyph, style = REMEDY_VERDICTS[remedy.verdict]
+        cells = [
+            _from_to(remedy.before[name], remedy.after[name], digits, unit)
+            for name, digits, unit in (("decades", 1, ""), ("loss", 2, ""), ("accuracy", 0, " %"))
+        ]
+        verdict = Text(f"{glyph} {remedy.verdict.replace('_', ' ')}", style=style)
+        table.add_row(escape(remedy.name), str(remedy.steps), str(len(remedy.seeds)), *cells, verdict)
+    return table
+
+
+def _from_to(before: float, after: float, digits: int, unit: str) -> str:
+    """Before → after; a number that is none is a dash."""
+    if math.isnan(before) and math.isnan(after):
+        return "–"
+    one, other = (_number(100 * x if unit else x, digits) if x == x else "–" for x in (before, after))
+    return f"{one} → {other}{unit}"
+
+
+@contextmanager
+def trying(out: Console) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar over the seconds allowed while remedies are tried; nothing where the output is no terminal."""
+    columns = ("[progress.description]{task.description}", BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task("trying remedies", total=None)
+        yield lambda passed, allowed, name: bar.update(
+            task, total=allowed, completed=passed, description=f"trying {escape(name)}"
+        )

@@ -225,10 +225,7 @@ class Trace:
     ) -> Trace:
         """The trace of a run folder (or of the ``trace`` folder in it).
 
-        Args:
-            folder: where the run lies.
-            columns: those of COLUMNS to read, the others are null; None: all.
-            steps: the sampled steps to read; None: all.
+        Of COLUMNS those in ``columns`` are read, the others are null; of the sampled steps those in ``steps``; None: all.
 
         Raises:
             TraceError: There is no trace, or a file of it cannot be read.

@@ -56,25 +56,30 @@ def assert_healthy(
         raise UsageError(f"model: {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     trained = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     with torch.random.fork_rng():
-        calls_the_model = _calls_the_model(loss, model, batch)
+        loss = of_model_and_batch(loss, *copy.deepcopy((model, batch)))
         with watch(model, trained) as watching:
             for _ in range(steps):
                 trained.zero_grad()
-                told = loss(model, batch) if calls_the_model else loss(model(batch[0]), batch[1])
-                watching.loss(told).backward()
+                watching.loss(loss(model, batch)).backward()
                 trained.step()
     harms = [finding for finding in diagnose(watching.trace) if finding.severity == "harm"]
     if harms:
         raise AssertionError("\n".join(map(str, harms)))
 
 
-def _calls_the_model(loss: Callable[..., Tensor], model: nn.Module, batch: Any) -> bool:
-    """Whether ``loss`` takes the model and the batch; found out on copies, by trying."""
+def of_model_and_batch(loss: Callable[..., Tensor], model: nn.Module, batch: Any) -> Callable[[Any, Any], Tensor]:
+    """``loss`` as a function of model and batch, whichever it takes: these, or output and targets.
+
+    Found out by trying, on this model and batch.
+    """
     pair = isinstance(batch, tuple | list) and len(batch) == 2
-    if not pair or isinstance(loss, nn.Module) or getattr(loss, "__module__", "") == "torch.nn.functional":
-        return not pair
-    with torch.random.fork_rng():
-        try:
-            return isinstance(loss(copy.deepcopy(model), copy.deepcopy(batch)), Tensor)
-        except (TypeError, AttributeError):
-            return False
+    if not pair:
+        return loss
+    if not isinstance(loss, nn.Module) and getattr(loss, "__module__", "") != "torch.nn.functional":
+        with torch.random.fork_rng():
+            try:
+                if isinstance(loss(model, batch), Tensor):
+                    return loss
+            except (TypeError, AttributeError):
+                pass
+    return lambda model, batch: loss(model(batch[0]), batch[1])
