@@ -225,7 +225,7 @@ class Trace:
     ) -> Trace:
         """The trace of a run folder (or of the ``trace`` folder in it).
 
-        Of COLUMNS those in ``columns`` are read, the others are null; of the sampled steps those in ``steps``; None: all.
+        Of COLUMNS those in ``columns`` are read, the others are null; of the sampled steps ``steps``; None: all.
 
         Raises:
             TraceError: There is no trace, or a file of it cannot be read.
