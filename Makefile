@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench remedies zoo docs clean
+.PHONY: demo test check bench remedies zoo docs screenshots clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -37,6 +37,10 @@ docs: .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
+
+# The pictures of docs/views, by the tests that look at the views; needs chromium and chromedriver.
+screenshots: .venv
+	BPDIAG_BROWSER=required BPDIAG_SCREENSHOTS=docs/views $(BIN)/python -m pytest -q tests/test_browser.py
 
 clean:
 	rm -rf .venv build dist

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import bpdiag
+from bpdiag import commands
 from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest, says_yes
 
 HELP = """bpdiag: see where your gradient dies, and why.
@@ -28,6 +29,8 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json] [--fail-on harm]
   bpdiag diagnose RUN --cure       and try remedies on copies, for up to remedy.seconds
+  bpdiag report RUN ... -o FILE    one page that opens offline: map, profile, findings, chain, comparison
+  bpdiag plot RUN ... -o FILE      the profile as a picture: .svg, .png or .pdf  [--step N]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
   bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
   bpdiag chain --run RUN --layer NAME [--step N]    the same product, measured in a trained net
@@ -97,19 +100,12 @@ def _guarded(arguments: list[str]) -> int:
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for what cannot be understood, not a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog.removeprefix('bpdiag ')}: {message}; see {self.prog} --help")
-
-
 # ---- sub-commands -----------------------------------------------------------------------------------------
 
 
 def _diagnose(arguments: list[str]) -> int:
     """``bpdiag diagnose RUN ...``: judge stored traces again."""
-    parser = _Parser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
+    parser = commands.Parser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
     parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
@@ -122,7 +118,7 @@ def _diagnose(arguments: list[str]) -> int:
     from bpdiag.trace import Trace, TraceError, plain
 
     judged, refused = [], []
-    for run in [run for given in told.run for run in _runs(Path(given))]:
+    for run in [run for given in told.run for run in commands.runs_in(Path(given))]:
         try:
             trace = Trace.load(run)
             if not len(trace.sampled_steps):
@@ -174,48 +170,13 @@ def _cure_stored(judged: list[Any]) -> dict[Path, Any]:
     return cures
 
 
-def _runs(folder: Path) -> list[Path]:
-    """The run folder given, or the run folders in it, in natural order."""
-    if says_yes(folder.is_dir) and not (folder / "trace").is_dir() and not (folder / "meta.json").is_file():
-        try:
-            inside = {path.parent.parent for path in folder.glob("**/trace/meta.json")}
-        except OSError:  # a folder that vanishes or may not be read while we look
-            inside = set()
-        return sorted(inside, key=_natural) or [folder]
-    return [folder]
-
-
-def _natural(run: Path) -> list[str]:
-    """A key that puts depth=5 before depth=10."""
-    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", str(run))]
-
-
-def _diff(arguments: list[str]) -> int:
-    """``bpdiag diff RUN RUN``: what differs between two runs, and where their numbers part."""
-    parser = _Parser(prog="bpdiag diff", description="What differs between two runs.")
-    parser.add_argument("run", nargs=2, help="a run folder")
-    told = parser.parse_args(arguments)
-
-    from bpdiag.difference import compare
-    from bpdiag.trace import Trace
-
-    difference = compare(*(Trace.load(run) for run in told.run))
-    for key, (one, other) in difference.asked.items():
-        print(f"{key}: {one} against {other}")
-    if difference.layers:
-        print(difference.layers)
-    if difference.parting:
-        print(f"the numbers part at {difference.parting}")
-    else:
-        print(f"no number parts in {difference.common_steps} sampled steps")
-    return 0
-
-
 def _chain(arguments: list[str]) -> int:
     """``bpdiag chain``: the chain rule on scalars; with ``--run`` the same product in a trained net."""
     from bpdiag import lesson
 
-    parser = _Parser(prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.Parser(
+        prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see above; what is not given is the lesson's")
     parser.add_argument("--run", help="a run folder: measured factors in the place of scalars")
     parser.add_argument("--layer", metavar="NAME", help="of that run: the layer whose dC/dW is told")
@@ -246,7 +207,7 @@ def _chain(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     """``bpdiag predict KEY=VALUE ...``: what theory expects of a run, untrained."""
-    parser = _Parser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
+    parser = commands.Parser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of a run: bpdiag --help has them")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)
@@ -271,7 +232,9 @@ def _predict(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "diagnose": _diagnose,
-    "diff": _diff,
+    "report": commands.report,
+    "plot": commands.plot,
+    "diff": commands.diff,
     "chain": _chain,
 }
 

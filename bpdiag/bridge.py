@@ -149,14 +149,14 @@ def _log(gain: float) -> float:
 def _closing(trace: Trace, row: int, at: int, measured: float) -> list[Term]:
     """What the layer read, and the agreement that is left; in one where what it read was not measured."""
     title, arrives = trace.layers[row].title, _number(trace, "g_z_norm", row, at)
-    entering = _entering(trace, row, at)
-    if entering is None:
+    read = entering(trace, row, at)
+    if read is None:
         return [Term("input and agreement", f"‖a‖ into {title} · agreement", measured / arrives)]
-    told = [Term("input", f"‖a‖ into {title}", entering)]
-    return told if entering == 0 else [*told, Term("agreement", "agreement", measured / (arrives * entering))]
+    told = [Term("input", f"‖a‖ into {title}", read)]
+    return told if read == 0 else [*told, Term("agreement", "agreement", measured / (arrives * read))]
 
 
-def _entering(trace: Trace, row: int, at: int) -> float | None:
+def entering(trace: Trace, row: int, at: int) -> float | None:
     """‖a_{l-1}‖, the norm of what the layer read: measured there, else of the watched output it read unchanged."""
     own = trace.value("x_norm", row, at)
     parents = trace.layers[row].parents
@@ -209,11 +209,11 @@ def _sample(trace: Trace, row: int, step: int | None) -> int:
 
 def _way(trace: Trace, row: int) -> list[int]:
     """The weight layers from ``row`` up to the last."""
-    way = _climb(trace, row)
-    if _read_by_weights(trace, way[-1]):
+    way = climb(trace, row)
+    if is_read_by_weights(trace, way[-1]):
         top, whole = trace.layers[way[-1]], []
         for i in trace.weight_layers():
-            if not _read_by_weights(trace, _climb(trace, i)[-1]):
+            if not is_read_by_weights(trace, climb(trace, i)[-1]):
                 whole.append(trace.layers[i].short)
         why = _reason(trace, "backward_gain", way[-1]) or "the way up forks"
         raise UsageError(
@@ -222,7 +222,7 @@ def _way(trace: Trace, row: int) -> list[int]:
     return way
 
 
-def _climb(trace: Trace, row: int) -> list[int]:
+def climb(trace: Trace, row: int) -> list[int]:
     """As far up as gains are told."""
     way = [row]
     while (above := trace.layers[way[-1]].next) is not None:
@@ -230,7 +230,7 @@ def _climb(trace: Trace, row: int) -> list[int]:
     return way
 
 
-def _read_by_weights(trace: Trace, row: int) -> bool:
+def is_read_by_weights(trace: Trace, row: int) -> bool:
     """Whether a weight layer stands anywhere above."""
     above = {row}
     for i, layer in enumerate(trace.layers):  # in execution order, so that parents come first

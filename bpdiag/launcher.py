@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def launch(
     from hydra.core.utils import JobStatus, run_job, setup_globals
     from omegaconf import OmegaConf, open_dict
 
-    from bpdiag import results, terminal
+    from bpdiag import report, results, terminal
     from bpdiag.config import Expectation
 
     setup_globals()
@@ -102,16 +103,27 @@ def launch(
             if grid:
                 grid.job(rows[-1], time.perf_counter() - start)
     finally:
+        page = _page(report.write_html, rows, sweep)
         if grid:
             asked: Any = OmegaConf.to_container(config.expect) if "expect" in config else []
             expected = [Expectation(**one) for one in asked]
-            grid.end(time.perf_counter() - begun, results.check(expected, rows))
+            grid.end(time.perf_counter() - begun, results.check(expected, rows), page)
         elif TELLS.get() == "json":
             print(json.dumps(plain([row.flat() for row in rows]), indent=1))  # noqa: T201
     failed = sum(row.outcome is None for row in rows)
     if failed:
         raise JobsFailedError(f"{failed} of {len(job_overrides)} jobs failed")
     return returns
+
+
+def _page(write: Callable[..., Path], rows: Sequence[Any], sweep: Path) -> Path | None:
+    """report.html of the jobs that have finished; what goes wrong with it is told and costs no result."""
+    try:
+        done = [Path(row.folder) for row in rows if row.outcome is not None]
+        return write(done, sweep / "report.html") if done else None
+    except Exception as error:
+        print(f"bpdiag: no report.html: {error}", file=sys.stderr)  # noqa: T201
+        return None
 
 
 def _pairs(overrides: Sequence[str]) -> dict[str, str]:

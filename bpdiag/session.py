@@ -161,6 +161,7 @@ class Watch:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         }
         self._writer = TraceWriter(self._log, meta)
         self._board = TensorBoardWriter(self._log) if self._log is not None else None

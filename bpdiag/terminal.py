@@ -314,8 +314,8 @@ class Grid:
         line.append(f"  {seconds:.1f} s", style="dim")
         self.out.print(line)
 
-    def end(self, seconds: float, checked: Sequence[Checked] = ()) -> None:
-        """The table of all that ended, what was expected of it, the failures again, and where to look."""
+    def end(self, seconds: float, checked: Sequence[Checked] = (), page: Path | None = None) -> None:
+        """The table of all that ended, what was expected of it, the failures again, and where to look; a page last."""
         failed = [row for row in self.rows if row.outcome is None]
         if len(failed) < len(self.rows):
             self.out.print()
@@ -330,6 +330,8 @@ class Grid:
             self.err.print(Text(told, style="red"), soft_wrap=True)
         self.out.print(f"\n{len(self.rows)} of {self.jobs} jobs in {seconds:.0f} s, {len(failed)} failed")
         where_to_look(self.folder, self.out)
+        if page is not None:
+            self.out.print(Text(f"open it      {page}"), soft_wrap=True)
 
     def _name(self, row: Row) -> str:
         return " ".join(row.overrides.get(key, "") for key in self.keys)

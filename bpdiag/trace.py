@@ -16,6 +16,7 @@ Needs numpy and pyarrow, never torch.
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import os
 import time
@@ -29,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bpdiag import sketch
 from bpdiag.config import UsageError, says_yes
 
 T = TypeVar("T")
@@ -192,6 +194,16 @@ class Trace:
         span = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step"
         return f"Trace({len(self.layers)} layers, {len(steps)} sampled, {span}; diagnose(trace) judges it)"
 
+    def _repr_html_(self) -> str:
+        """The profile of the last step without a nan, for a notebook's cell."""
+        rows, (decades, there) = self.weight_layers(), self.column("decades")
+        shown = np.flatnonzero(there[:, rows].any(1) & ~(there & np.isnan(decades))[:, rows].any(1))
+        if not len(shown):
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        title = f"step {self.sampled_steps[shown[-1]]}: share of the output's gradient that reaches each layer"
+        names, planned = [self.layers[i].short for i in rows], self.meta.get("planned_steps") or 1_000
+        return sketch.profile(names, decades[shown[-1], rows].tolist(), planned, title)
+
     @classmethod
     def build(
         cls,
@@ -208,8 +220,12 @@ class Trace:
         return trace
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Trace:
+    def load(
+        cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None, steps: np.ndarray | None = None
+    ) -> Trace:
         """The trace of a run folder (or of the ``trace`` folder in it).
+
+        Of COLUMNS those in ``columns`` are read, the others are null; of the sampled steps ``steps``; None: all.
 
         Raises:
             TraceError: There is no trace, or a file of it cannot be read.
@@ -225,10 +241,9 @@ class Trace:
             raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")
         try:
             # the layer table last: a run still going on only adds to it
-            rows, steps = (
-                _concat(schema, [pq.read_table(path) for path in sorted(here.glob(f"{kind}-*.parquet"))])
-                for kind, schema in (("part", _ROWS), ("steps", _STEPS))
-            )
+            parts, told = (sorted(here.glob(f"{kind}-*.parquet")) for kind in ("part", "steps"))
+            rows = _concat(_ROWS, [_read_part(path, columns, steps) for path in parts])
+            every = _concat(_STEPS, [pq.read_table(path) for path in told])
             missing = pq.read_table(here / "missing.parquet").to_pylist() if (here / "missing.parquet").exists() else []
             gaps = [Missing(**line) for line in missing]
             meta = dict(json.loads((here / "meta.json").read_text()))
@@ -240,7 +255,7 @@ class Trace:
             raise TraceError(f"{here}: damaged: a part-NNNNN.parquet is gone or was cut short")
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
-        return cls(rows, steps, layers, gaps, meta)
+        return cls(rows, every, layers, gaps, meta)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the trace folder ``folder/trace``; returns it.
@@ -444,12 +459,9 @@ class TraceWriter:
             )
         for step, loss in sample.losses:
             self._steps.setdefault(step, {"step": step})["loss"] = loss
-        if sample.learning_rate is not None:
-            self._steps.setdefault(sample.step, {"step": sample.step})["learning_rate"] = sample.learning_rate
-        if sample.loss_scale is not None:
-            self._steps.setdefault(sample.step, {"step": sample.step})["loss_scale"] = sample.loss_scale
-        if sample.target:
-            self._steps.setdefault(sample.step, {"step": sample.step}).update(sample.target)
+        told = {"learning_rate": sample.learning_rate, "loss_scale": sample.loss_scale, **(sample.target or {})}
+        if known := {name: x for name, x in told.items() if x is not None}:
+            self._steps.setdefault(sample.step, {"step": sample.step}).update(known)
         for step in sample.skipped:
             self._steps.setdefault(step, {"step": step})["skipped"] = True
         for index, column, reason in sample.missing:
@@ -531,6 +543,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return "NaN" if np.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _read_part(path: Path, columns: Sequence[str] | None, steps: np.ndarray | None) -> pa.Table:
+    """A part's table, of the columns and the steps wanted those that it has."""
+    with pq.ParquetFile(path) as file:
+        part = file.read([n for n in file.schema_arrow.names if columns is None or n in (*KEYS, *columns)])
+    return part if steps is None else part.filter(pa.compute.is_in(part["step"], pa.array(steps)))
 
 
 def _layer(line: dict[str, Any]) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import os
 import pickle
@@ -18,7 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from bpdiag import data, model, prediction
+from bpdiag import data, diagnosis, model, prediction
 from bpdiag.config import (
     Config,
     DataConfig,
@@ -70,6 +71,15 @@ class Result:
     trace: Trace
     findings: list[Finding]
     metrics: dict[str, Any]  # test_accuracy, class_accuracy, train_loss, steps, seconds, stopped, ...
+
+    def __repr__(self) -> str:
+        told = diagnosis.summarize(self.trace, self.findings)
+        return f"Result({told['verdict']}: {told['sentence']} Test accuracy {self.metrics['test_accuracy']:.2%})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook's cell: the verdict, the findings, the profile."""
+        told = "".join(finding._repr_html_() for finding in self.findings)
+        return f"<p>{html.escape(repr(self))}</p>{told}{self.trace._repr_html_()}"
 
 
 def check(config: Config) -> None:

@@ -16,7 +16,8 @@ LONGEST = 600  # lines
 CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),
     "config": (set(), set()),
-    "trace": (set(), {"numpy", "pyarrow"}),
+    "sketch": (set(), set()),
+    "trace": ({"sketch"}, {"numpy", "pyarrow"}),
     # maths
     "chain": (set(), set()),
     "rules": (set(), {"torch"}),
@@ -33,7 +34,10 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "diagnosis": (set(), {"numpy"}),
     "difference": (set(), {"numpy"}),
     # showing
-    "dashboard": (set(), {"tensorboard", "numpy", "matplotlib"}),
+    "views": ({"diagnosis", "bridge"}, {"numpy"}),
+    "dashboard": ({"views"}, {"tensorboard", "werkzeug", "numpy", "matplotlib"}),
+    "figure": ({"diagnosis"}, {"numpy", "matplotlib"}),
+    "report": ({"views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
     "bridge": ({"lesson"}, set()),
     "results": ({"diagnosis"}, {"pyarrow"}),
@@ -53,7 +57,8 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"training", "trial", "session", "initialization", "meanfield", "rules", "diagnosis", "terminal", "__init__"},
         {"torch", "numpy"},
     ),
-    "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
+    "commands": ({"views", "report", "figure", "difference"}, set()),
+    "launcher": ({"results", "terminal", "report"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
             "training",
@@ -62,7 +67,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
             "launcher",
             "results",
             "terminal",
-            "difference",
+            "commands",
             "diagnosis",
             "lesson",
             "bridge",
@@ -73,14 +78,19 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }
 STOREYS = [
+    ["sketch"],
     ["config", "trace", "__init__"],
     ["chain", "rules", "statistics"],
     ["modules", "initialization", "meanfield"],
     ["model", "data"],
     ["hooks"],
     ["diagnosis", "difference"],
-    ["dashboard", "results", "lesson"],
+    ["results", "lesson"],
     ["terminal", "bridge"],
+    ["views"],
+    ["dashboard", "figure"],
+    ["report"],
+    ["commands"],
     ["session", "prediction"],
     ["training", "trial"],
     ["remedy"],
@@ -186,6 +196,9 @@ def test_tables_are_filled_only_in_the_file_that_owns_them():
         "import bpdiag.diagnosis",
         "import bpdiag.launcher",
         "import bpdiag.terminal",
+        "import bpdiag.views",
+        "import bpdiag.report",
+        "import bpdiag.dashboard.plugin",
     ],
 )
 def test_these_cost_no_torch(statement):

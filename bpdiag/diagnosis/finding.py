@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass
 
@@ -25,6 +26,13 @@ class Finding:
 
     def __repr__(self) -> str:
         return f"Finding({self.kind} by {self.cause}, {self.severity}: {self.sentence})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook's cell: the sentence, why, what to do."""
+        told = (self.why, f"Remedy: {self.remedy}." if self.remedy else "", f"Expected: {self.expected}.")
+        parts = "".join(f"<br>{html.escape(part)}" for part in told if part)
+        head = f"{self.kind} by {self.cause} ({self.severity}), from step {self.onset_step}"
+        return f"<p><b>{html.escape(self.sentence)}</b><br><i>{html.escape(head)}</i>{parts}</p>"
 
     def __str__(self) -> str:
         parts = (self.sentence, self.why, f"Remedy: {self.remedy}.", f"Expected: {self.expected}.")

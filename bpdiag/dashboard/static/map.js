@@ -1,0 +1,186 @@
+// The map: layers in execution order, output on top; steps across; color = one statistic.
+
+import { diverging, ramp, special } from "./color.js";
+import { factor, finite, html, odd, percent, power, powerSvg } from "./format.js";
+import { $, arrow, draw, everyLabel, header, labels, name, patterns, ROOMY, segments, timeBar } from "./parts.js";
+
+const fraction = (log) => factor(log, powerSvg);
+const times = (log) => (finite(log) ? html`× ${factor(log, powerSvg)}` : odd(log));
+const scales = { gain: (run) => diverging(2.6, 8), forward: () => diverging(2.6, 3), share: () => ramp("share", 0, 1) };
+const FACTOR_BANDS = [
+  [-8, -5, "takes 90 %", "× 0.1"], [-5, -2.6, "takes half", "× 0.24 to 0.47"], [-2.5, -0.6, "takes a little", "× 0.5 to 0.8"],
+  [-0.6, 0.6, "passes on", "× 0.85 to 1.2"], [0.6, 2.5, "adds a little", "× 1.2 to 2"], [2.7, 6, "multiplies", "over × 2"],
+];
+const SHARE_BANDS = [[0, 0.25, "", "0 to 25 %"], [0.25, 0.5, "", "25 to 50 %"], [0.5, 0.75, "", "50 to 75 %"], [0.75, 1, "", "75 to 100 %"]];
+const factorOf = (label, why) => ({ label, why, scale: scales.gain, zoom: 8, bands: () => FACTOR_BANDS, said: times });
+const shareOf = (label, why) => ({ label, why, scale: scales.share, zoom: 1, bands: () => SHARE_BANDS, said: percent });
+
+/** statistic: what it is called, what it means, its scale, its legend, how one number is written. */
+export const SHOWN = {
+  decades: {
+    label: "gradient that arrives", scale: (run) => diverging(-run.limit), zoom: 1, said: (d) => powerSvg(d), bands: decadeBands,
+    why: (run) => html`Share of the output's gradient (l2 norm of ∂C/∂z) that reaches the layer. The thin outline is the limit: below 1/${run.planned}, plain gradient descent cannot move the layer in the ${run.planned} steps planned.`,
+  },
+  gain: factorOf("gain of one layer", "Backward gain: what arrives at the layer over what arrives at the one above it (l2 norms)."),
+  slope_factor: factorOf("slope factor", "What the layer's activation lets through of the gradient that comes down to it."),
+  weight_factor: factorOf("weight factor", "What the weights of the layer above pass down of the gradient that arrives there."),
+  saturated: shareOf("saturated", "Share of elements whose slope is under 5 % of the largest. A healthy relu shows one half."),
+  dead: shareOf("dead", "Share of units with slope exactly 0 for every sample of the last eight measured batches."),
+  update_ratio: {
+    label: "update size", why: "Update ratio, rms(ΔW) / rms(W), of one step.", scale: () => ramp("update", -8, 0), zoom: 1, said: (d) => powerSvg(d),
+    bands: () => [[-8, -6, "no change", "10^−8: rounds away"], [-6, -4, "hardly", "10^−6 to 10^−4"], [-4, -2, "learns", "10^−4 to 10^−2"], [-2, 0, "overwrites", "over 10^−2"]],
+  },
+  z_rms: {
+    label: "signal forward", why: "rms of the preactivations z, per element.", scale: scales.forward, zoom: 3, said: fraction,
+    bands: () => [[-9, -4.5, "fades", "under 0.03"], [-4.5, -2.62, "small", "0.03 to 0.13"], [-2.5, 0, "", "0.13 to 1"], [0, 2.5, "", "1 to 7"], [2.7, 6, "large", "over 7"]],
+  },
+};
+
+function decadeBands(run) {
+  const t = -run.limit, T = run.planned;
+  return [
+    [-t - 13.4, -t - 7.4, "gone", html`under ${power(-t - 7.4, 0)}`], [-t - 7.4, -t - 3.4, "all but gone", html`to ${power(-t - 3.4, 0)}`],
+    [-t - 3.4, -t - 0.02, "starved", `to 1/${T}`], [-t + 0.01, -0.75, "weakened", `1/${T} to 1/6`, true], [-0.75, 0.75, "intact", "1/6 to 6 times"],
+    [0.75, t - 0.01, "grows", `6 to ${T} times`], [t + 0.02, t + 3.4, "overwhelms", `over ${T} times`],
+  ];
+}
+
+function legend(run, shown) {
+  const scale = shown.scale(run), unit = shown.zoom;
+  const swatch = (id, text) => html`<span><svg width="21" height="14" aria-hidden="true"><rect x=".5" y=".5" width="20" height="13" fill="url(#${id})" stroke="var(--rule)"/></svg>${text}</span>`;
+  return html`<div class="legend"><div class="scale">${shown.bands(run).map(([a, b, word, span, harm]) =>
+    html`<div class="${harm ? "harm" : ""}" style="--g:linear-gradient(90deg,${scale(a / unit)},${scale(b / unit)})"><b>${word || html`&nbsp;`}</b><span>${span}</span></div>`)}</div>
+    <div class="special">${swatch("zero", "exactly 0")}${swatch("nan", "not a number, infinite")}${swatch("missing", "not measured")}</div></div>
+    <p class="note" style="margin-top:6px">${typeof shown.why === "function" ? shown.why(run) : shown.why}</p>`;
+}
+
+/** The cells, device pixels for pixels; what is no number with its mark. */
+function paint(canvas, run, key, width, rowHeight) {
+  const n = run.layers.length, count = run.steps.length, ratio = window.devicePixelRatio || 1, height = n * rowHeight;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
+  const g = canvas.getContext("2d"), scale = SHOWN[key].scale(run);
+  const x = (i) => Math.round((canvas.width * i) / count), y = (row) => Math.round((canvas.height * row) / n);
+  for (let i = 0; i < count; i++) {
+    for (let l = 0; l < n; l++) {
+      const v = run.peak(key, i, l), [left, top] = [x(i), y(n - 1 - l)], [w, h] = [x(i + 1) - left, y(n - l) - top];
+      g.fillStyle = finite(v) ? scale(v) : special(v).ground;
+      g.fillRect(left, top, w, h);
+    }
+  }
+  for (let i = 0; i < count; i++) {
+    for (let l = 0; l < n; l++) {
+      const v = run.peak(key, i, l);
+      if (finite(v)) continue;
+      const { mark, form } = special(v), grain = 8 * ratio;
+      g.fillStyle = g.strokeStyle = mark;
+      g.lineWidth = ratio;
+      for (let cx = Math.ceil(x(i) / grain) * grain + grain / 2; cx < x(i + 1); cx += grain) {
+        for (let cy = Math.ceil(y(n - 1 - l) / grain) * grain + grain / 2; cy < y(n - l); cy += grain) markAt(g, form, cx, cy, ratio);
+      }
+    }
+  }
+  if (key !== "decades") return;
+  g.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--ink"); // the outline of the limit
+  const under = (i, l) => i >= 0 && i < count && l >= 0 && l < n && finite(run.peak(key, i, l)) && run.peak(key, i, l) < run.limit;
+  const thin = Math.max(1, Math.round(1.2 * ratio));
+  for (let i = 0; i < count; i++) {
+    for (let l = 0; l < n; l++) {
+      const [left, top, right, bottom] = [x(i), y(n - 1 - l), x(i + 1), y(n - l)];
+      if (i && under(i, l) !== under(i - 1, l)) g.fillRect(left, top, thin, bottom - top);
+      if (l < n - 1 && under(i, l) !== under(i, l + 1)) g.fillRect(left, top, right - left + thin, thin);
+    }
+  }
+}
+
+function markAt(g, form, x, y, ratio) {
+  g.beginPath();
+  if (form === "dot") g.arc(x, y, 0.9 * ratio, 0, 7);
+  else if (form === "ring") g.arc(x, y, 1.6 * ratio, 0, 7);
+  else for (const s of [-1, 1]) { g.moveTo(x - 1.8 * ratio, y - 1.8 * s * ratio); g.lineTo(x + 1.8 * ratio, y + 1.8 * s * ratio); }
+  form === "dot" ? g.fill() : g.stroke();
+}
+
+/** What is known of one layer at one step, in words and numbers. */
+export function reading(run, i, l, chainLink = true) {
+  const layer = run.layers[l], d = run.at("decades", i, l), T = run.planned, [, , spread] = run.spans[i] ?? [0, 0, 1];
+  const word = !finite(d) ? (d === null || d === undefined ? run.reason("g_z_norm", i, l) : odd(d)) : d < run.limit ? `under the limit of 1/${T}` : d < -0.75 ? "weakened" : d <= 0.75 ? "intact" : "grown";
+  const item = (title, value, more = "") => html`<dl><dt>${title}</dt><dd>${value} <small>${more}</small></dd></dl>`;
+  const log = (key) => run.at(key, i, l), [w, s] = [log("weight_factor"), log("slope_factor")];
+  const last = layer.next === null, none = "–";
+  const span = spread > 1 ? html` <span class="soft">(of ${spread} steps measured here, ${run.spans[i][0]} to ${run.spans[i][1]})</span>` : "";
+  return html`<div class="head">Step <b>${run.steps[i]}</b>${span}, <b>${name(layer.name)}</b> <span class="soft">${layer.kind}${layer.units ? `, ${layer.fan_in} → ${layer.units}` : ""}${layer.activation ? `, ${layer.activation}` : ""}</span>:
+    ${finite(d) ? html`<b>${power(d)}</b> of the output's gradient arrives, ${word}` : html`<b>${word}</b>`}.
+    ${chainLink ? html`<button type="button" class="link" data-view="chain">See the chain of ${name(layer.name)}</button>` : ""}</div>
+    ${item("this layer passes on", last && !finite(log("gain")) ? none : finite(log("gain")) ? html`× ${factor(log("gain"))}` : odd(log("gain")))}
+    ${item("weights × slopes", finite(w) && finite(s) ? html`${factor(w)} × ${factor(s)}` : none)}
+    ${item("slopes saturated", finite(log("saturated")) ? percent(log("saturated")) : none)}
+    ${item("units dead", finite(log("dead")) ? percent(log("dead")) : none, finite(log("dead")) ? "of 8 batches" : "")}
+    ${item("update / weights", finite(log("update_ratio")) ? power(log("update_ratio")) : odd(log("update_ratio")), finite(log("update_ratio")) ? "per step" : "")}
+    ${item("rms z", finite(log("z_rms")) ? factor(log("z_rms")) : odd(log("z_rms")))}`;
+}
+
+export function map(root, app) {
+  const { run, state } = app, n = run.layers.length, count = run.steps.length, shown = SHOWN[state.show];
+  draw(root, html`${header(run, true)}<div class="bar">${segments("show", Object.entries(SHOWN).map(([key, { label }]) => [key, label]), state.show, "What the color shows")}</div>
+    <div class="time"></div><div class="grid" tabindex="0" role="application" aria-label="Map of ${n} layers by ${count} steps; arrow keys choose, Enter opens the chain"><canvas></canvas><svg class="over"></svg></div>${legend(run, shown)}<div class="read"></div>`);
+  const host = $(".grid", root), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 9) : labels(run, 20, ROOMY), right = narrow ? 2 : 90;
+  const x0 = side.width, x1 = W - right, rowHeight = Math.max(4, Math.min(narrow ? 17 : 20, Math.round(640 / n))), height = n * rowHeight, bw = (x1 - x0) / count;
+  const canvas = $("canvas", host), over = $("svg.over", host);
+  host.style.height = `${height + 26}px`;
+  canvas.style.left = `${x0}px`;
+  paint(canvas, run, state.show, x1 - x0, rowHeight);
+  const skip = everyLabel(rowHeight), named = (l) => (n - 1 - l) % skip === 0 || l === 0;
+  const rowY = (l) => (n - 1 - l) * rowHeight, ticks = timeTicks(run, narrow ? 4 : 8);
+  over.setAttribute("width", W);
+  over.setAttribute("height", height + 26);
+  draw(over, html`${patterns()}${run.layers.map((_, l) => named(l) && (l === 0 || l === n - 1 || skip === 1 || rowY(0) - rowY(l) > 12)
+      ? html`<text class="f tiny" x="${x0 - 8}" y="${rowY(l) + rowHeight / 2 + 4}" text-anchor="end">${side.text(l)}</text>` : "")}
+    ${ticks.map(([i, step]) => html`<path d="M${x0 + (i + 0.5) * bw} ${height}v5" stroke="var(--faint)"/><text class="f" x="${x0 + (i + 0.5) * bw}" y="${height + 18}" text-anchor="middle">${step}</text>`)}
+    <text class="f" x="${x1}" y="${height + 18}" text-anchor="end">${narrow ? "" : "training step"}</text><g class="values"></g><g class="cursor"></g>`);
+  const values = $(".values", over), cursor = $(".cursor", over), read = $(".read", root);
+  const move = timeBar($(".time", root), run, state, x0, x1, () => update());
+
+  function update(say = false, [i, l] = [state.step, state.layer]) {
+    const x = x0 + state.step * bw, y = rowY(state.layer);
+    if (!narrow) draw(values, html`<text class="f" x="${x1 + 14}" y="-8">at step ${run.steps[i]}</text>${run.layers.map((_, k) => (named(k) || k === l)
+      ? html`<text class="${k === l ? "tiny" : "tiny s"}" font-weight="${k === l ? 600 : 400}" x="${x1 + 14}" y="${rowY(k) + rowHeight / 2 + 4}">${shown.said(run.peak(state.show, i, k))}</text>` : "")}`);
+    draw(cursor, html`<rect x="${x - 0.5}" y="-1" width="${Math.max(2, bw) + 1}" height="${height + 2}" fill="none" stroke="var(--ink)"/>
+      <rect x="${x - 1}" y="${y - 1}" width="${Math.max(4, bw) + 2}" height="${rowHeight + 2}" fill="none" stroke="var(--page)" stroke-width="4"/><rect x="${x - 1}" y="${y - 1}" width="${Math.max(4, bw) + 2}" height="${rowHeight + 2}" fill="none" stroke="var(--ink)" stroke-width="2"/>`);
+    draw(read, reading(run, i, l));
+    if (say) app.say(`step ${run.steps[i]}, ${run.layers[l].name}, ${read.querySelector(".head").textContent}`);
+    app.keep();
+  }
+  const cell = (e) => {
+    const box = host.getBoundingClientRect(), i = Math.floor((e.clientX - box.left - x0) / bw), l = n - 1 - Math.floor((e.clientY - box.top) / rowHeight);
+    return i >= 0 && i < count && l >= 0 && l < n ? [i, l] : null;
+  };
+  host.onpointermove = (e) => { const at = cell(e); if (at) update(false, at); }; // hovering reads, a click pins
+  host.onpointerleave = () => update();
+  host.onpointerdown = (e) => { const at = cell(e); if (at) { [state.step, state.layer] = at; move(); update(); } };
+  host.ondblclick = (e) => { if (cell(e)) app.go({ view: "chain" }); };
+  host.onkeydown = (e) => {
+    const way = arrow(e.key, count);
+    if (e.key === "Enter") app.go({ view: "chain" });
+    if (!way) return;
+    e.preventDefault();
+    state.step = Math.max(0, Math.min(count - 1, state.step + way[0]));
+    state.layer = Math.max(0, Math.min(n - 1, state.layer + way[1]));
+    move();
+    update(true);
+  };
+  update();
+  const rows = [["step", "layer", state.show]];
+  run.steps.forEach((step, i) => run.layers.forEach((layer, l) => rows.push([step, layer.name, run.peak(state.show, i, l)])));
+  return { svg: over, canvas, rows, file: `${run.id}-map-${state.show}` };
+}
+
+/** [column, the step written under it]: round numbers where there are some. */
+function timeTicks(run, most) {
+  const last = run.steps.at(-1) - run.steps[0], unit = 10 ** Math.floor(Math.log10(Math.max(1, last / most)));
+  const size = [1, 2, 5, 10].map((k) => k * unit).find((s) => last / s <= most) ?? last;
+  const wanted = Array.from({ length: Math.floor(last / size) + 1 }, (_, k) => (Math.ceil(run.steps[0] / size) + k) * size);
+  const told = new Map(wanted.map((step) => [run.column(step), step]));
+  return [...told].map(([i, step]) => [i, run.spans.length ? step : run.steps[i]]).filter(([i]) => i < run.steps.length * 0.9 || run.steps.length < 3);
+}

@@ -1,0 +1,124 @@
+"""The gradient profile as a picture for a paper or a README: SVG, PNG or PDF, by matplotlib."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bpdiag import diagnosis
+from bpdiag.config import UsageError
+from bpdiag.diagnosis import Profile
+from bpdiag.trace import Trace, replace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KINDS = (".svg", ".png", ".pdf")
+INK, FAINT, BAND = "#1d1f23", "#656b73", "#e9e6df"
+OWNERS = {"weights": "#755800", "slopes": "#5b2f8c", "alignment": "#b3912f", "other": "#8c9197"}
+LINES = ("#1a5f9e", "#a84a08", "#666c74", "#8a1458", "#755800", "#5b2f8c")  # and a dash each: color alone says nothing
+FEW = 6  # runs whose names stand in the picture; of more beside it
+DASHES = ("-", "--", ":", "-.")
+
+
+def write(traces: Mapping[str, Trace], out: str | os.PathLike[str], step: int | None = None) -> Path:
+    """Draw one run's profile with who takes what, or several runs' profiles over each other.
+
+    Args:
+        traces: by the names that the legend tells.
+        out: a file; its ending says the kind.
+        step: a sampled step; None: the last with finite numbers.
+
+    Raises:
+        UsageError: The ending is not known, nothing was measured, the step was not sampled, or nothing can be written.
+    """
+    path = Path(out)
+    if path.suffix not in KINDS:
+        raise UsageError(f"{out}: a picture ends in {', '.join(KINDS)}")
+    drawn = profiles(traces, step)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind, told = path.suffix[1:], {"Date": None} if path.suffix == ".svg" else {}
+        replace(path, lambda aside: drawn.savefig(aside, format=kind, dpi=200, metadata=told, bbox_inches="tight"))
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def profiles(traces: Mapping[str, Trace], step: int | None = None) -> Figure:
+    """The figure: layers down, output on top, decades across; the limit 1/T upright."""
+    from matplotlib.figure import Figure
+
+    laid = {name: (p := diagnosis.profile(trace), _sample(name, p, step)) for name, trace in traces.items()}
+    one = len(laid) == 1
+    deepest = max(len(p.lines) for p, _ in laid.values())
+    figure = Figure(figsize=(8.0 if one else 5.5, min(9.0, 1.4 + 0.22 * max(deepest, 8))), layout="constrained")
+    axes = figure.subplots(1, 2 if one else 1, sharey=True, squeeze=False)[0]
+    for row, (name, (p, at)) in enumerate(laid.items()):
+        _profile(axes[0], p, at, name, row, one)
+    axes[0].axvline(-math.log10(max(p.planned for p, _ in laid.values())), color=INK, linewidth=0.8)
+    axes[0].set_xlabel("gradient that reaches the layer, decades\n(upright: 1/T)", color=FAINT, fontsize=9)
+    axes[0].invert_yaxis()
+    if one:
+        ((p, at),) = laid.values()
+        _owners(axes[1], p, at)
+        rows = range(len(p.lines))
+        skip = max(1, math.ceil(len(p.lines) / 30))
+        axes[0].set_yticks(list(rows)[::skip], [p.title(len(p.lines) - 1 - i) for i in rows][::skip], fontsize=8)
+        figure.suptitle(f"{next(iter(laid))}, step {p.steps[at]}", fontsize=10, color=INK)
+    else:
+        axes[0].set_ylabel("layers below the output", color=FAINT, fontsize=9)
+        axes[0].yaxis.get_major_locator().set_params(integer=True)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(laid) > FEW else {}
+        axes[0].legend(fontsize=8, frameon=False, **beside)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(length=2, labelsize=8)
+    return figure
+
+
+def _sample(name: str, p: Profile, step: int | None) -> int:
+    """The number of a sampled step."""
+    steps = p.steps.tolist()
+    if not steps or not p.lines:
+        raise UsageError(f"{name}: nothing was measured")
+    if step is None:
+        return int(np.flatnonzero(p.finite)[-1]) if p.finite.any() else len(steps) - 1
+    if step not in steps:
+        raise UsageError(f"{name}: step {step} was not sampled; {len(steps)} were, {steps[0]} to {steps[-1]}")
+    return steps.index(step)
+
+
+def _profile(axis: Axes, p: Profile, at: int, name: str, row: int, theory: bool) -> None:
+    below = np.arange(len(p.lines))
+    told = p.trace.meta.get("predicted") or {}
+    if theory and len(told.get("decades") or []) == len(p.lines):
+        middle, band = np.array(told["decades"])[::-1], told["spreads"] * np.array(told["decades_band"])[::-1]
+        axis.fill_betweenx(below, middle - band, middle + band, color=BAND)
+        axis.plot(middle, below, color=FAINT, linestyle="--", linewidth=0.8, label="theory at step 0")
+    decades = np.where(np.isfinite(p.decades[at]), p.decades[at], np.nan)[::-1]
+    color = INK if theory else LINES[row % len(LINES)]
+    dash = DASHES[row % len(DASHES)]
+    axis.plot(decades, below, color=color, linestyle=dash, marker="o", markersize=3, linewidth=1.2, label=name)
+    if theory and told:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def _owners(axis: Axes, p: Profile, at: int) -> None:
+    """Who takes what of each step: bars end to end, to the left what takes, to the right what gives."""
+    below = np.arange(len(p.lines))
+    left, right = np.zeros(len(p.lines)), np.zeros(len(p.lines))
+    for owner, color in OWNERS.items():
+        share = np.nan_to_num(p.ledger[owner][at][::-1], posinf=0, neginf=0)
+        start = np.where(share < 0, left, right)
+        axis.barh(below, share, left=start, color=color, height=0.8, label=owner)
+        left, right = left + np.minimum(share, 0), right + np.maximum(share, 0)
+    axis.axvline(0, color=FAINT, linewidth=0.8)
+    axis.set_xlabel("who takes it on the way to the layer, decades", color=FAINT, fontsize=9)
+    axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(OWNERS))

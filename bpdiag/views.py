@@ -1,0 +1,367 @@
+"""A run folder -> what the pictures need, as JSON: the tab in TensorBoard and the page are drawn from the same.
+
+``overview`` reads summary.json and no trace, so that a thousand runs are told at once; ``detail`` lays one trace out:
+
+    series[name]    C sampled steps x L weight layers, layer 1 (input side) first; log10 where ``SERIES`` says so
+    peaks[name]     the same of what a map draws, where C < S: of each span the number farthest from 1 (of a share
+                    or an update the largest), so that nothing that happened between two columns is skipped
+
+S sampled steps are drawn in C columns; a column's ``series`` are those of one step of its span, the one in which the
+gradient of the first layer that has one was farthest from the output's, so that the factors of a step still multiply.
+A block is {"scale", "data"}: little-endian int16 in base64, value = integer * scale, and four integers that are no
+numbers (``CODES``).  Strings from outside (names, settings) are data and nothing else.  Needs no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bpdiag import bridge, diagnosis
+from bpdiag.config import dotted
+from bpdiag.trace import Trace, plain
+
+SCHEMA = "bpdiag-view/1"
+COLUMNS = 240  # steps drawn side by side
+POINTS = 480  # of the loss curve
+CODES = {"missing": -32768, "NaN": -32767, "-Infinity": -32766, "Infinity": 32767}
+FULL = 32_000  # the integer of a block's largest number
+STILL_RUNNING = 120.0  # seconds since a trace without a summary last grew
+MOST_GAPS = 2_000
+# name: (column of the trace, log10 of it, whose row)
+SERIES: dict[str, tuple[str, bool, str]] = {
+    "decades": ("decades", False, "own"),
+    "gain": ("backward_gain", True, "own"),
+    "weight_factor": ("weight_factor", True, "own"),
+    "slope_factor": ("slope_factor", True, "own"),
+    "saturated": ("a_saturated_fraction", False, "activation"),
+    "dead": ("a_dead_fraction", False, "activation"),
+    "update_ratio": ("update_ratio", True, "own"),
+    "z_rms": ("z_rms", True, "own"),
+    "forward_gain": ("forward_gain", True, "own"),
+    "g_W_norm": ("g_W_norm", True, "own"),
+    "g_z_norm": ("g_z_norm", True, "own"),
+}
+# what is read of the steps drawn: also the ledger's
+DRAWN = [*(column for column, _, _ in SERIES.values()), "W_rms", "slope_rms", "g_a_norm", "z_norm", "a_norm", "x_norm"]
+OWNERS = ("weights", "slopes", "alignment", "other")  # of the ledger: decades of the step above a layer
+# what a map draws, and which of a span's numbers
+MAPPED = {
+    **dict.fromkeys(("decades", "gain", "weight_factor", "slope_factor", "z_rms"), "farthest"),
+    **dict.fromkeys(("saturated", "dead", "update_ratio"), "largest"),
+}
+
+
+def find(folder: Path) -> list[Path]:
+    """The run folders in ``folder``, itself among them, in natural order: a run holds trace/meta.json.
+
+    Nothing inside a run is looked at, and no link is followed.
+    """
+    return sorted(_runs_in(str(folder)), key=_natural)
+
+
+def _runs_in(folder: str) -> Iterator[Path]:
+    try:
+        inside = list(os.scandir(folder))
+    except OSError:  # a folder that vanishes or may not be read while we look
+        return
+    if any(entry.name == "trace" for entry in inside) and os.path.isfile(os.path.join(folder, "trace", "meta.json")):  # noqa: PTH113, PTH118
+        yield Path(folder)
+        return
+    for entry in inside:
+        if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+            yield from _runs_in(entry.path)
+
+
+def _natural(run: Path) -> list[str]:
+    """A key that puts depth=5 before depth=10."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", str(run))]
+
+
+def stamp(run: Path) -> float:
+    """When anything of the run was last written: of an unchanged one nothing is read again."""
+    files = ("trace", "trace/meta.json", "summary.json", "findings.json", "metrics.json")
+    return max((_modified(run / name) for name in files), default=0.0)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none that can be read."""
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def overview(run: Path, name: str) -> dict[str, Any]:
+    """One run among many: verdict, sentence, first and last profile, settings.  ``name`` is what it is called."""
+    summary, metrics, meta = (_read(run / f) for f in ("summary.json", "metrics.json", "trace/meta.json"))
+    age = time.time() - stamp(run)
+    word = "running" if age < STILL_RUNNING else "unfinished"
+    return plain(
+        {
+            "id": name,
+            "stamp": stamp(run),
+            "verdict": summary.get("verdict", word),
+            "sentence": summary.get("sentence", ""),
+            "planned": summary.get("planned_steps") or meta.get("planned_steps"),
+            "first": _moment(summary.get("first")),
+            "last": _moment(summary.get("last")),
+            "expected": _rounded((meta.get("predicted") or {}).get("decades") or []),
+            "accuracy": metrics.get("test_accuracy"),
+            "loss": metrics.get("train_loss"),
+            "steps": metrics.get("steps"),
+            "config": dotted({k: v for k, v in (meta.get("config") or {}).items() if k != "expect"}),
+            "model": meta.get("model", ""),
+        }
+    )
+
+
+def _moment(told: Any) -> dict[str, Any] | None:
+    return {"step": told["step"], "decades": _rounded(told["decades"])} if told else None
+
+
+def _rounded(values: list[Any]) -> list[Any]:
+    return [round(x, 2) if isinstance(x, int | float) and math.isfinite(x) else x for x in values]
+
+
+def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
+    """One run for the five views, in at most ``columns`` columns.
+
+    Raises:
+        TraceError: Its trace cannot be read.
+    """
+    told, summary = (_read(run / f"{what}.json") for what in ("findings", "summary"))
+    judged = bool(told and summary)
+    scan = Trace.load(run, [SERIES[key][0] for key in MAPPED] if judged else None)  # to judge takes all
+    if not judged:
+        told, summary = _judged(scan)
+    lines, steps = scan.weight_layers(), scan.sampled_steps
+    mapped = {key: _series(scan, lines, *SERIES[key]) for key in MAPPED}
+    starts = _starts(len(steps), columns)
+    chosen = _chosen(mapped["decades"], starts)
+    exact = len(chosen) == len(steps)
+    peaks = {} if exact else {key: _peak(*mapped[key], starts, way) for key, way in MAPPED.items()}
+    trace = Trace.load(run, DRAWN, steps[chosen])
+    series = {key: _series(trace, lines, *SERIES[key]) for key in SERIES} | _ledger(trace, lines)
+    series["entering"] = _entering(trace, lines)
+    meta = trace.meta
+    return plain(
+        {
+            **overview(run, name),
+            "schema": SCHEMA,
+            "verdict": summary["verdict"],
+            "sentence": summary["sentence"],
+            "planned": diagnosis.profile(trace).planned,
+            "layers": [_layer(trace, i, lines) for i in lines],
+            "steps": steps[chosen].tolist(),
+            "sampled": len(steps),
+            "spans": [] if exact else _told_spans(starts, steps),
+            "curve": _curve(*trace.losses),
+            "guessing": _guessing(trace, lines),
+            "series": {key: packed(*block) for key, block in series.items()},
+            "peaks": {key: packed(*block) for key, block in peaks.items()},
+            "theory": _theory(trace, len(lines)),
+            "gaps": _gaps(trace, lines),
+            "findings": told["findings"],
+            "remedies": told.get("remedies", []),
+            "notes": told.get("notes", []),
+            "provenance": _provenance(run, meta),
+        }
+    )
+
+
+def _judged(trace: Trace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run that has not ended would write: findings with notes, and the summary."""
+    found = diagnosis.diagnose(trace) if len(trace.sampled_steps) else []
+    return {"findings": found, "notes": diagnosis.notes(trace)}, diagnosis.summarize(trace, found)
+
+
+def _series(trace: Trace, lines: list[int], column: str, log: bool, whose: str) -> tuple[np.ndarray, np.ndarray]:
+    """(S, L) numbers of the weight layers and whether they were measured."""
+    values, there = trace.column(column)
+    if whose == "activation":  # on its own row where it is a module: the first on the way up that tells it
+        rows = [[i, *trace.layers[i].via] for i in lines]
+        told = [next((j for j in way if there[:, j].any()), way[0]) for way in rows]
+    else:
+        told = lines
+    values, there = values[:, told], there[:, told]
+    with np.errstate(all="ignore"):
+        return (np.log10(values) if log else values), there
+
+
+def _ledger(trace: Trace, lines: list[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Who takes what of the step above each weight layer: decades, by owner."""
+    p = diagnosis.profile(trace)
+    at = [lines.index(i) for i in p.lines]
+    out = {}
+    for owner in OWNERS:
+        values = np.full((len(p.steps), len(lines)), np.nan)
+        values[:, at] = p.ledger[owner]
+        out[f"takes_{owner}"] = values, ~np.isnan(values)
+    return out
+
+
+def _entering(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """log10 ‖a‖ of what each weight layer read."""
+    shape = len(trace.sampled_steps), len(lines)
+    told = [[bridge.entering(trace, i, at) for i in lines] for at in range(shape[0])]
+    values = np.array([[math.nan if x is None else x for x in row] for row in told]).reshape(shape)
+    there = np.array([[x is not None for x in row] for row in told], bool).reshape(shape)
+    with np.errstate(all="ignore"):
+        return np.log10(values), there
+
+
+def _starts(sampled: int, columns: int) -> np.ndarray:
+    """(C,) where each column's span of sampled steps begins."""
+    count = min(sampled, columns)
+    return np.arange(count) * sampled // max(count, 1)
+
+
+def _spans(starts: np.ndarray, sampled: int) -> list[tuple[int, int]]:
+    """(from, to) of each column's span, the end left out."""
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), sampled], strict=True))
+
+
+def _told_spans(starts: np.ndarray, steps: np.ndarray) -> list[list[int]]:
+    """[first step, last step, how many] of each span."""
+    return [[int(steps[a]), int(steps[b - 1]), b - a] for a, b in _spans(starts, len(steps))]
+
+
+def _chosen(decades: tuple[np.ndarray, np.ndarray], starts: np.ndarray) -> np.ndarray:
+    """(C,) of each span the step in which the lowest layer measured was farthest from the output."""
+    values, there = decades
+    reached = np.flatnonzero(there.any(0))
+    if not len(starts) or not len(reached):
+        return starts
+    lowest = np.abs(values[:, reached[0]])
+    lowest = np.where(np.isfinite(lowest), lowest, -1.0)
+    return np.array([a + int(lowest[a:b].argmax()) for a, b in _spans(starts, len(values))])
+
+
+def _peak(
+    values: np.ndarray, there: np.ndarray, starts: np.ndarray, way: str = "farthest"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(C, L) of each span the number farthest from 0, or the largest: a nan before all, what is missing last.
+
+    Example:
+        >>> values = np.array([[1.0, 0.0], [-3.0, np.nan], [2.0, 5.0]])
+        >>> _peak(values, np.array([[True, False], [True, True], [True, True]]), np.array([0, 2]))[0].tolist()
+        [[-3.0, nan], [2.0, 5.0]]
+    """
+    size = np.where(np.isnan(values), np.inf, np.abs(values) if way == "farthest" else values)
+    size = np.where(there, size, -np.inf)
+    at = np.array([a + size[a:b].argmax(0) for a, b in _spans(starts, len(values))])
+    return np.take_along_axis(values, at, 0), np.take_along_axis(there, at, 0)
+
+
+def packed(values: np.ndarray, there: np.ndarray) -> dict[str, Any]:
+    """A block of numbers in two bytes each: to 1/32,000 of the largest.
+
+    Example:
+        >>> block = packed(np.array([[-16.0, np.inf, 7.0]]), np.array([[True, True, False]]))
+        >>> block["scale"], np.frombuffer(base64.b64decode(block["data"]), "<i2").tolist()
+        (0.0005, [-32000, 32767, -32768])
+    """
+    finite = np.isfinite(values) & there
+    largest = float(np.abs(values[finite]).max(initial=0)) or 1.0
+    scale = largest / FULL
+    whole = np.full(values.shape, CODES["NaN"], np.int64)
+    whole[finite] = np.rint(values[finite] / scale)
+    whole[values == np.inf], whole[values == -np.inf] = CODES["Infinity"], CODES["-Infinity"]
+    whole[~there] = CODES["missing"]
+    return {"scale": scale, "data": base64.b64encode(whole.astype("<i2").tobytes()).decode()}
+
+
+def _layer(trace: Trace, i: int, lines: list[int]) -> dict[str, Any]:
+    layer = trace.layers[i]
+    carriers = [trace.layers[j] for j in (i, *layer.via) if trace.layers[j].activation]
+    top = bridge.climb(trace, i)[-1]
+    return {
+        "key": layer.key,
+        "name": layer.short or layer.kind,
+        "kind": layer.kind,
+        "fan_in": layer.fan_in,
+        "units": layer.units,
+        "activation": carriers[0].activation if carriers else None,
+        "next": lines.index(layer.next) if layer.next in lines else None,
+        "forks": bridge.is_read_by_weights(trace, top),  # then its chain is no single product
+    }
+
+
+def _curve(steps: np.ndarray, losses: np.ndarray) -> dict[str, Any]:
+    """The loss of every step; of long runs the least and the largest of each span."""
+    if len(steps) <= POINTS:
+        return {"steps": steps.tolist(), "low": [_significant(x) for x in losses], "high": []}
+    starts = _starts(len(steps), POINTS // 2)
+    with np.errstate(all="ignore"):
+        low, high = (f.reduceat(losses, starts) for f in (np.minimum, np.maximum))  # a nan of a span stays one
+    return {
+        "steps": steps[starts].tolist(),
+        "low": [_significant(x) for x in low],
+        "high": [_significant(x) for x in high],
+    }
+
+
+def _significant(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def _guessing(trace: Trace, lines: list[int]) -> float | None:
+    """The loss of guessing: ln K of a cross-entropy over K classes."""
+    known = trace.meta.get("loss") == "cross_entropy" and lines and trace.layers[lines[-1]].units
+    return round(math.log(trace.layers[lines[-1]].units or 1), 4) if known else None
+
+
+def _theory(trace: Trace, layers: int) -> dict[str, Any] | None:
+    """Decades that infinite width expects at step 0 and what a draw of the weights may be off."""
+    told = trace.meta.get("predicted") or {}
+    if len(told.get("decades") or []) != layers:
+        return None
+    band = [told.get("spreads", 2) * x for x in told["decades_band"]]
+    return {"decades": _rounded(told["decades"]), "band": _rounded(band), "caveat": told.get("caveat", "")}
+
+
+def _gaps(trace: Trace, lines: list[int]) -> list[list[Any]]:
+    """[layer, column, from step, to step, reason] of what a weight layer lacks."""
+    own = {trace.layers[i].key: at for at, i in enumerate(lines)}
+    shown = {column for column, _, _ in SERIES.values()}
+    told = [(own.get(f"{m.layer}#{m.call}"), m) for m in trace.missing if m.column in shown]
+    return [[at, m.column, m.from_step, m.to_step, m.reason] for at, m in told if at is not None][:MOST_GAPS]
+
+
+def _provenance(run: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """Where the numbers come from: versions, optimizer, machine, and the command where a run of ours has kept it."""
+    return {
+        "folder": str(run),
+        "command": _command(run),
+        "versions": meta.get("versions", {}),
+        "machine": meta.get("machine", ""),
+        "optimizer": meta.get("optimizer", {}),
+        "every": meta.get("every"),
+    }
+
+
+def _command(run: Path) -> str:
+    """What was typed, as Hydra keeps it: one override a line; empty where it was not Hydra that ran."""
+    try:
+        lines = (run / ".hydra" / "overrides.yaml").read_text().splitlines()
+    except OSError:
+        return ""
+    return " ".join(["bpdiag", *(line.removeprefix("- ") for line in lines if line.startswith("- "))])

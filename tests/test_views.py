@@ -1,0 +1,138 @@
+"""What the pictures are given, against the trace itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+
+import numpy as np
+import pytest
+from run_folders import HOSTILE, renamed, sick, write_run
+from typed import net
+
+from bpdiag import views
+from bpdiag.trace import Trace, TraceError
+
+SPECIAL = {-32768: None, -32767: math.nan, -32766: -math.inf, 32767: math.inf}
+
+
+def numbers(block, layers):
+    """A block read as the browser reads it: (C, L) with None for what is missing."""
+    whole = np.frombuffer(base64.b64decode(block["data"]), "<i2").tolist()
+    told = [SPECIAL[x] if x in SPECIAL else x * block["scale"] for x in whole]
+    return [told[i : i + layers] for i in range(0, len(told), layers)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "runs" / "sick", sick(6))
+
+
+def test_every_number_is_the_traces(run):
+    trace, told = Trace.load(run), views.detail(run, "sick")
+    for key, (column, log, whose) in views.SERIES.items():
+        block = numbers(told["series"][key], 6)
+        for at in range(len(trace.sampled_steps)):
+            for layer, row in enumerate(trace.weight_layers()):
+                own = row + 1 if whose == "activation" and layer < 5 else row
+                value = trace.value(column, own, at)
+                if value is None:
+                    assert block[at][layer] is None, (key, at, layer)
+                else:
+                    wanted = math.log10(value) if log else value
+                    assert block[at][layer] == pytest.approx(wanted, abs=told["series"][key]["scale"]), key
+
+
+def test_the_owners_add_up_to_the_gain(run):
+    told = views.detail(run, "sick")["series"]
+    owners = [np.array(numbers(told[f"takes_{owner}"], 6))[:, :5].astype(float) for owner in views.OWNERS]
+    gain = np.array(numbers(told["gain"], 6))[:, :5].astype(float)
+    assert np.allclose(sum(owners), gain, atol=1e-3)
+
+
+def test_what_is_no_number_stays_what_it_is():
+    values = np.array([[1.0, math.nan, math.inf, -math.inf, 5.0]])
+    there = np.array([[True, True, True, True, False]])
+    told = numbers(views.packed(values, there), 5)[0]
+    assert told[0] == pytest.approx(1.0)
+    assert math.isnan(told[1])
+    assert told[2:] == [math.inf, -math.inf, None]
+
+
+def test_a_spike_between_two_columns_is_drawn(tmp_path):
+    def spiked(step):
+        return [3.0 if step == 777 else 1e-3] * 5
+
+    run = write_run(tmp_path / "long", net(update=spiked, steps=range(1000)))
+    told = views.detail(run, "long", columns=50)
+    peak, kept = (np.array(numbers(told[which]["update_ratio"], 5), float) for which in ("peaks", "series"))
+    assert len(peak) == len(told["steps"]) == 50
+    assert peak.max() == pytest.approx(math.log10(3), abs=1e-3)
+    assert kept.max() < 0  # the twin: of the steps shown none is the spike
+    assert sum(count for _, _, count in told["spans"]) == 1000
+
+
+def test_a_columns_factors_are_of_one_step(tmp_path):
+    def wild(step):
+        return [1.4 * (1 + 0.3 * math.sin(step * (n + 1))) for n in range(5)]
+
+    run = write_run(tmp_path / "wild", net(sig=wild, steps=range(400)))
+    trace, told = Trace.load(run), views.detail(run, "wild", columns=20)
+    w, s, g = (
+        np.array(numbers(told["series"][k], 5))[:, :4].astype(float) for k in ("weight_factor", "slope_factor", "gain")
+    )
+    assert np.allclose(w + s, g, atol=1e-3)
+    at = [trace.sampled_steps.tolist().index(step) for step in told["steps"]]
+    lowest = np.array([trace.value("decades", 0, i) for i in at])
+    assert np.allclose(lowest, np.array(numbers(told["series"]["decades"], 5), float)[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("sampled", "columns"), [(1, 240), (239, 240), (240, 240), (241, 240), (10_000, 240), (7, 1)])
+def test_the_spans_hold_every_step_once(sampled, columns):
+    starts = views._starts(sampled, columns)
+    spans = views._spans(starts, sampled)
+    assert len(spans) == min(sampled, columns)
+    assert [a for a, _ in spans[1:]] == [b for _, b in spans[:-1]]
+    assert all(a < b for a, b in spans)
+    assert (spans[0][0], spans[-1][1]) == (0, sampled)
+
+
+def test_names_from_outside_are_data(tmp_path):
+    run = write_run(tmp_path / "run", renamed(sick(4), HOSTILE))
+    told = json.loads(json.dumps(views.detail(run, HOSTILE)))
+    assert told["id"] == HOSTILE
+    assert told["layers"][0]["name"] == HOSTILE
+
+
+def test_an_unfinished_run_is_judged_when_it_is_opened(tmp_path):
+    sick(6).save(tmp_path / "run")
+    assert views.overview(tmp_path / "run", "run")["verdict"] == "running"
+    told = views.detail(tmp_path / "run", "run")
+    assert told["verdict"] == "dies"
+    assert told["findings"][0]["kind"] == "vanishing"
+
+
+def test_what_was_measured_of_nothing_is_nothing(tmp_path):
+    net(steps=[]).save(tmp_path / "run")
+    told = views.detail(tmp_path / "run", "run")
+    assert (told["steps"], told["verdict"]) == ([], "not measured")
+
+
+def test_a_damaged_trace_is_refused_in_words(run):
+    (run / "trace" / "meta.json").write_text("{")
+    with pytest.raises(TraceError, match="damaged"):
+        views.detail(run, "sick")
+    assert views.overview(run, "sick")["verdict"] == "dies"  # what its summary says
+
+
+def test_runs_are_found_in_natural_order_and_not_looked_into(tmp_path):
+    for name in ("b/depth=10", "b/depth=5", "a"):
+        write_run(tmp_path / name, sick(3))
+    (tmp_path / "a" / "trace" / "trace").mkdir()
+    (tmp_path / "a" / "trace" / "trace" / "meta.json").write_text("{}")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert [str(p.relative_to(tmp_path)) for p in views.find(tmp_path)] == ["a", "b/depth=5", "b/depth=10"]
+    assert views.find(tmp_path / "a") == [tmp_path / "a"]
+    assert views.find(tmp_path / "nowhere") == []
