@@ -87,6 +87,10 @@ def watch(
     for one in optimizers:
         if not isinstance(one, torch.optim.Optimizer):
             raise UsageError(f"optimizer: a torch.optim.Optimizer, several, or None; got {type(one).__name__}")
+    if len({id(one) for one in optimizers}) < len(optimizers):
+        raise UsageError("optimizer: one of them is given twice; each counts its own steps")
+    if log is not None and not isinstance(log, str | os.PathLike):
+        raise UsageError(f"log: a folder's path or None; got {type(log).__name__}")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model: a torch.nn.Module; got {type(model).__name__}")
     for name, value in (("every", every), ("planned_steps", planned_steps)):

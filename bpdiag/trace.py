@@ -460,8 +460,8 @@ class TraceWriter:
         for step, loss in sample.losses:
             self._steps.setdefault(step, {"step": step})["loss"] = loss
         told = {"learning_rate": sample.learning_rate, "loss_scale": sample.loss_scale, **(sample.target or {})}
-        if known := {name: x for name, x in told.items() if x is not None}:
-            self._steps.setdefault(sample.step, {"step": sample.step}).update(known)
+        if any(x is not None for x in told.values()):
+            self._steps.setdefault(sample.step, {"step": sample.step}).update(told)
         for step in sample.skipped:
             self._steps.setdefault(step, {"step": step})["skipped"] = True
         for index, column, reason in sample.missing:
@@ -571,8 +571,9 @@ def _new_folder(folder: str | os.PathLike[str]) -> Path:
     here = Path(folder) / "trace"
     try:
         here.mkdir(parents=True)
-    except FileExistsError:
-        raise TraceError(f"{folder}: already holds a run; choose another folder or remove this one") from None
+    except (FileExistsError, NotADirectoryError) as error:
+        there = "already holds a run" if isinstance(error, FileExistsError) else "is no folder"
+        raise TraceError(f"{folder}: {there}; choose another folder or remove this one") from None
     return here
 
 

@@ -88,7 +88,19 @@ def test_the_make_targets_exist():
     assert "bpdiag experiment=vanishing" in makefile
 
 
-PRINTED = ["● works", "in 5 residual blocks the skip carries", "7", "tensor([0.4200, 0.7864, 0.0707])"]
+PRINTED = [
+    "● works",
+    "in 5 residual blocks the skip carries",
+    "vanishing by slopes",
+    "7",
+    "tensor([0.4200, 0.7864, 0.0707])",
+]
+    "● works",
+    "in 5 residual blocks the skip carries",
+    "vanishing by slopes",
+    "7",
+    "tensor([0.4200, 0.7864, 0.0707])",
+]
 
 
 @pytest.mark.parametrize(("block", "printed"), list(zip(blocks("python"), PRINTED, strict=True)))

@@ -403,6 +403,13 @@ def test_wrong_arguments():
             watch(model, wrong)
     with pytest.raises(UsageError, match=r"torch\.nn\.Module"):
         watch(model.forward)
+    one = sgd(model)
+    with pytest.raises(UsageError, match="given twice"):
+        watch(model, [one, one])
+    with pytest.raises(UsageError, match="log: a folder's path or None; got int"):
+        watch(model, log=3)
+    with pytest.raises(UsageError, match="is no folder"), watch(model, log=__file__):
+        pass
 
 
 def test_a_watch_is_used_once_and_inside_with():
