@@ -105,7 +105,7 @@ def _guarded(arguments: list[str]) -> int:
 
 def _diagnose(arguments: list[str]) -> int:
     """``bpdiag diagnose RUN ...``: judge stored traces again."""
-    parser = argparse.ArgumentParser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
+    parser = commands.Parser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
     parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
@@ -174,7 +174,7 @@ def _chain(arguments: list[str]) -> int:
     """``bpdiag chain``: the chain rule on scalars; with ``--run`` the same product in a trained net."""
     from bpdiag import lesson
 
-    parser = argparse.ArgumentParser(
+    parser = commands.Parser(
         prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see above; what is not given is the lesson's")
@@ -207,7 +207,7 @@ def _chain(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     """``bpdiag predict KEY=VALUE ...``: what theory expects of a run, untrained."""
-    parser = argparse.ArgumentParser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
+    parser = commands.Parser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of a run: bpdiag --help has them")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)

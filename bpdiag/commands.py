@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import NoReturn
 
-from bpdiag.config import says_yes
+from bpdiag.config import UsageError, says_yes
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for what cannot be understood, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the line."""
+        raise UsageError(f"{self.prog.removeprefix('bpdiag ')}: {message}; see {self.prog} --help")
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -20,7 +29,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 def report(arguments: list[str]) -> int:
     """``bpdiag report RUN ... -o FILE``: one page that opens offline."""
-    parser = argparse.ArgumentParser(prog="bpdiag report", description="One page of runs that opens offline.")
+    parser = Parser(prog="bpdiag report", description="One page of runs that opens offline.")
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="default: report.html")
     parser.add_argument("--json", action="store_true", help="where it was written and of what, as JSON")
@@ -40,7 +49,7 @@ def report(arguments: list[str]) -> int:
 
 def plot(arguments: list[str]) -> int:
     """``bpdiag plot RUN ... -o FILE``: the profile as a picture."""
-    parser = argparse.ArgumentParser(prog="bpdiag plot", description="The gradient profile as SVG, PNG or PDF.")
+    parser = Parser(prog="bpdiag plot", description="The gradient profile as SVG, PNG or PDF.")
     parser.add_argument("run", nargs="+", help="a run folder; of several the profiles lie over each other")
     parser.add_argument("-o", "--output", default="profile.svg", metavar="FILE", help="default: profile.svg")
     parser.add_argument("--step", type=int, metavar="N", help="a sampled step; else the last")
@@ -59,7 +68,7 @@ def plot(arguments: list[str]) -> int:
 
 def diff(arguments: list[str]) -> int:
     """``bpdiag diff RUN RUN``: what differs between two runs, and where their numbers part."""
-    parser = argparse.ArgumentParser(prog="bpdiag diff", description="What differs between two runs.")
+    parser = Parser(prog="bpdiag diff", description="What differs between two runs.")
     parser.add_argument("run", nargs=2, help="a run folder")
     told = parser.parse_args(arguments)
 

@@ -6,14 +6,16 @@ is set.
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from rich.console import Console, Group
@@ -49,6 +51,26 @@ STYLES = {
 }
 HELD = {True: ("✓ as expected", "default"), False: ("✗ not so", "bold yellow"), None: ("– open", "dim")}
 BAR = 24  # cells of the widest bar
+DUST = 1e-9  # a variance below is 0 to all purposes
+LARGE = 1e4  # numbers from here on are told by their decades
+
+
+class _Trimmed(io.TextIOBase):
+    """Standard output or error without the blanks that pad a table's lines: who reads a file or a pipe has no use."""
+
+    def __init__(self, stderr: bool) -> None:
+        self._stream = sys.stderr if stderr else sys.stdout
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream behind."""
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r" +(?=\n)", "", text))
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 class _Console(Console):
@@ -63,9 +85,10 @@ class _Console(Console):
 def console(stderr: bool = False) -> Console:
     """Standard output (or error); 112 columns where it is no terminal and says no width."""
     out = _Console(stderr=stderr, highlight=False)
-    if not out.is_terminal and not os.environ.get("COLUMNS"):
-        out = _Console(stderr=stderr, highlight=False, width=112)
-    return out
+    if out.is_terminal:
+        return out
+    width = None if os.environ.get("COLUMNS") else 112
+    return _Console(file=cast(IO[str], _Trimmed(stderr)), stderr=stderr, highlight=False, width=width)
 
 
 # heading: (narrowest terminal that shows it, column, whose row)
@@ -112,7 +135,9 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
             share = whose == "activation"
             told.append(percent(value) if share else _scientific(value) if heading == "update" else _number(value, 3))
         off = [_number(band[row], 1)] if band is not None and banded else []
-        name, drawn = escape(_end_of(layer.title, width)), _bar(decades[row], deepest, limit, bar)
+        nothing = math.isnan(decades[row]) and p.trace.value("g_z_norm", line, at) == 0  # of nothing: 0 / 0
+        drawn = _bar(-math.inf if nothing else decades[row], deepest, limit, bar)
+        name = escape(_end_of(layer.title, width))
         table.add_row(name, _number(decades[row], 1), *off, drawn, *told)
     return table
 
@@ -157,17 +182,17 @@ def _number(x: float, digits: int) -> str:
         return "–"
     if math.isinf(x):
         return "−inf" if x < 0 else "inf"
-    return real(x + 0.0, digits) if abs(x) >= 10**-digits or x == 0 or digits < 2 else _scientific(x)
+    return real(x + 0.0, digits) if 10**-digits <= abs(x) < LARGE or x == 0 or digits < 2 else _scientific(x)
 
 
 def _scientific(x: float) -> str:
     return "–" if math.isnan(x) else "0" if x == 0 else f"{x:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def findings_text(findings: Sequence[Finding], healthy: str) -> Group:
-    """The findings in words, each with its cause and remedy; or what is said of a healthy net."""
+def findings_text(findings: Sequence[Finding], summary: dict[str, Any]) -> Group:
+    """The findings in words, each with its cause and remedy; or what the summary says of a healthy net."""
     if not findings:
-        return Group(Text(f"● {healthy}"))
+        return Group(Text(f"{GLYPHS[summary['verdict']]} {summary['sentence']}"))
     told: list[Any] = []
     for finding in findings:
         word, where = diagnosis.verdict([finding]), _span(finding.layers)
@@ -183,7 +208,7 @@ def findings_text(findings: Sequence[Finding], healthy: str) -> Group:
 def _span(layers: Sequence[str]) -> str:
     names = [name.removesuffix("#0") for name in layers]
     if len(names) > 3:
-        return f"layers {names[0]} to {names[-1]} ({len(names)} of them)"
+        return f"{len(names)} layers from {names[0]} to {names[-1]}"
     return ", ".join(names)
 
 
@@ -202,7 +227,7 @@ def report(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[
             f"{_number(last['gain_per_layer'], 3)} at step {last['step']}"
         )
     out.print()
-    out.print(findings_text(findings, summary["sentence"]))
+    out.print(findings_text(findings, summary))
     for note in diagnosis.notes(trace):
         out.print(Padding(Text(f"note: {note}", style="dim"), (0, 0, 0, 2)))
     if folder is not None:
@@ -213,7 +238,7 @@ def report(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[
 def forecast(trace: Trace, findings: Sequence[Finding], out: Console) -> None:
     """What theory expects of a run not begun: the sentence, the layer table, how deep it may be, what would mend it."""
     p, told = diagnosis.profile(trace), trace.meta["predicted"]
-    out.print(findings_text(findings, diagnosis.summarize(trace, findings)["sentence"]))
+    out.print(findings_text(findings, diagnosis.summarize(trace, findings)))
     out.print()
     out.print(layer_table(p, 0, out.width, [told["spreads"] * x for x in told["decades_band"]]))
     if theory := diagnosis.expected_gain(trace):
@@ -223,7 +248,7 @@ def forecast(trace: Trace, findings: Sequence[Finding], out: Console) -> None:
         )
     out.print()
     for line in _bounds(told, p):
-        out.print(Text(line))
+        out.print(Text(line), soft_wrap=True)  # a command is copied whole
     if told["caveat"]:
         out.print(f"  note: {told['caveat']}", style="dim")
 
@@ -239,8 +264,10 @@ def _bounds(told: dict[str, Any], p: Profile) -> Iterator[str]:
             f"learned through about {scales['trainable']:.0f}"
         )
     if there := told["critical"]:
-        w, b = (f"{there[key]:.7g}" for key in ("weight_variance", "bias_variance"))
-        yield f"critical   sigma_w^2 = {w}, sigma_b^2 = {b}: bpdiag model.weight_variance={w} model.bias_variance={b}"
+        w, b = (f"{there[key]:.7g}" if there[key] > DUST else "0" for key in ("weight_variance", "bias_variance"))
+        mends = there["verdict"] == "lives" != told["verdict"]
+        command = f": bpdiag model.weight_variance={w} model.bias_variance={b}" if mends else ""
+        yield f"critical   sigma_w^2 = {w}, sigma_b^2 = {b}{command}"
         gains = [_number(x["gain_per_layer"], 3) for x in (told, there)]
         decades = [_number(x["decades"][0], 1) for x in (told, there)]
         yield (
@@ -258,7 +285,7 @@ def where_to_look(folder: str | os.PathLike[str], out: Console) -> None:
 def brief(run: Path, trace: Trace, findings: Sequence[Finding], out: Console) -> None:
     """One run among several: its name and its findings."""
     out.print(Text(str(run), style="bold"))
-    out.print(Padding(findings_text(findings, diagnosis.summarize(trace, findings)["sentence"]), (0, 0, 1, 0)))
+    out.print(Padding(findings_text(findings, diagnosis.summarize(trace, findings)), (0, 0, 1, 0)))
 
 
 class Grid:

@@ -200,9 +200,8 @@ class Trace:
         shown = np.flatnonzero(there[:, rows].any(1) & ~(there & np.isnan(decades))[:, rows].any(1))
         if not len(shown):
             return f"<pre>{html.escape(repr(self))}</pre>"
-        title = f"step {self.sampled_steps[shown[-1]]}: share of the output's gradient that reaches each layer"
-        names, planned = [self.layers[i].short for i in rows], self.meta.get("planned_steps") or 1_000
-        return sketch.profile(names, decades[shown[-1], rows].tolist(), planned, title)
+        at, names, planned = shown[-1], [self.layers[i].short for i in rows], self.meta.get("planned_steps") or 1_000
+        return sketch.profile(names, decades[at, rows].tolist(), planned, int(self.sampled_steps[at]))
 
     @classmethod
     def build(
@@ -220,9 +219,7 @@ class Trace:
         return trace
 
     @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None, steps: np.ndarray | None = None
-    ) -> Trace:
+    def load(cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None, steps: Any = None) -> Trace:
         """The trace of a run folder (or of the ``trace`` folder in it).
 
         Of COLUMNS those in ``columns`` are read, the others are null; of the sampled steps ``steps``; None: all.
@@ -251,6 +248,8 @@ class Trace:
             layers = [_layer(line) for line in meta.pop("layers")] if schema == SCHEMA else []
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
+        if rows.num_rows < meta.pop("rows", 0) and steps is None:
+            raise TraceError(f"{here}: damaged: a part-NNNNN.parquet is gone or was cut short")
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
         return cls(rows, every, layers, gaps, meta)
@@ -434,6 +433,7 @@ class TraceWriter:
         self._missing: dict[tuple[str, int, str, str], list[tuple[int, int]]] = {}
         self._samples, self._parts, self._written = 0, 0, time.monotonic()
         self._last_sampled: int | None = None
+        self._total = 0  # rows written
         self.folder = None
         pa.array([])  # at its first list pyarrow imports pandas, if it is there: now, not in the middle of a training
         if folder is not None:
@@ -480,7 +480,7 @@ class TraceWriter:
         """Write the last part, the reasons for what is missing, the layer table."""
         self._part()
         if self.folder:
-            _write_meta(self.meta, self.layers, self.folder)
+            _write_meta(self.meta | {"rows": self._total}, self.layers, self.folder)
 
     def snapshot(self) -> Trace:
         """All that was taken so far."""
@@ -504,6 +504,7 @@ class TraceWriter:
     def _part(self) -> None:
         rows, steps = self._pending()
         if self.folder:
+            self._total += rows.num_rows
             if rows.num_rows:
                 _write_table(rows, self.folder / f"part-{self._parts:05d}.parquet")
             if steps.num_rows:

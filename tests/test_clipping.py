@@ -171,3 +171,19 @@ def test_a_critics_gradient_that_is_cleared_before_its_own_backward_is_not_stale
 def test_the_twin_that_is_never_cleared_is():
     trace = critic_and_generator("")
     assert [f.kind for f in diagnosis.diagnose(trace) if f.kind == "stale_gradient"] == ["stale_gradient"]
+
+
+def test_of_two_optimizers_the_one_that_never_clears_is_named():
+    torch.manual_seed(1)
+    both = nn.ModuleDict({"G": nn.Linear(6, 6), "D": nn.Linear(6, 1)})
+    og, od = (torch.optim.SGD(both[name].parameters(), lr=0.001) for name in "GD")
+    with watch(both, [od, og]) as watching:
+        for _ in range(20):
+            fake = both["G"](X)
+            od.zero_grad()
+            (both["D"](X).square() - both["D"](fake.detach())).mean().backward()
+            od.step()
+            watching.loss(both["D"](fake).mean()).backward()
+            og.step()
+    (found,) = [f for f in diagnosis.diagnose(watching.trace) if f.kind == "stale_gradient"]
+    assert found.layers == ("G#0",)

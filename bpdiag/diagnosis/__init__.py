@@ -104,6 +104,7 @@ CAUSES = {
     "precision": ("non_finite", "vanishing", "update_too_small", "correlation_collapse", "dead_units"),
     "logits_saturated": ("forward_scale", "exploding"),
     "saturated": ("forward_scale",),
+    "forward_scale": ("update_too_large",),
     "stale_gradient": ("update_too_large",),
     "dead_units": ("update_too_large", "correlation_collapse"),
     "update_too_small": ("vanishing", "correlation_collapse"),
