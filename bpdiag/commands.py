@@ -14,7 +14,7 @@ class Parser(argparse.ArgumentParser):
     """One line for what cannot be understood, not a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UsageError."""
+        """Refuse the line."""
         raise UsageError(f"{self.prog.removeprefix('bpdiag ')}: {message}; see {self.prog} --help")
 
 

@@ -11,17 +11,17 @@ ROW, NAME, BAR, NUMBER = 15, 130, 320, 60  # px: height of a row; widths of its 
 MOST = 60  # rows; of more layers every k-th is drawn
 
 
-def profile(names: Sequence[str], decades: Sequence[float], planned: int, title: str) -> str:
+def profile(names: Sequence[str], decades: Sequence[float], planned: int, step: int) -> str:
     """The share of the output's gradient that reaches each layer.
 
     Args:
         names: of the layers, input side first.
         decades: log10 of the share; -inf is exactly 0, nan was not measured.
         planned: T, the steps planned: bars below 1/T are blue, beyond T orange; 1/T is a dashed line.
-        title: one line above.
+        step: of which they are; told above.
 
     Example:
-        >>> drawn = profile(["linear1", "linear2"], [-4.5, 0.0], 1000, "step 0")
+        >>> drawn = profile(["linear1", "linear2"], [-4.5, 0.0], 1000, 0)
         >>> drawn.count("<rect"), "linear1: 10^−4.5" in drawn
         (2, True)
     """
@@ -35,7 +35,8 @@ def profile(names: Sequence[str], decades: Sequence[float], planned: int, title:
     def x(d: float) -> float:
         return round(left + BAR * (d - low) / (high - low), 1)
 
-    parts = [f'<text x="{left}" y="11" fill="{FAINT}">{html.escape(title)}</text>']
+    title = f"step {step}: share of the output's gradient that reaches each layer"
+    parts = [f'<text x="{left}" y="11" fill="{FAINT}">{title}</text>']
     for row, (name, d) in enumerate(rows, start=1):
         y, told = ROW * row, _told(d)
         color = DIES if d < limit else BLOWS if d > -limit else PLAIN

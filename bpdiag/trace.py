@@ -200,9 +200,8 @@ class Trace:
         shown = np.flatnonzero(there[:, rows].any(1) & ~(there & np.isnan(decades))[:, rows].any(1))
         if not len(shown):
             return f"<pre>{html.escape(repr(self))}</pre>"
-        title = f"step {self.sampled_steps[shown[-1]]}: share of the output's gradient that reaches each layer"
-        names, planned = [self.layers[i].short for i in rows], self.meta.get("planned_steps") or 1_000
-        return sketch.profile(names, decades[shown[-1], rows].tolist(), planned, title)
+        at, names, planned = shown[-1], [self.layers[i].short for i in rows], self.meta.get("planned_steps") or 1_000
+        return sketch.profile(names, decades[at, rows].tolist(), planned, int(self.sampled_steps[at]))
 
     @classmethod
     def build(
@@ -220,9 +219,7 @@ class Trace:
         return trace
 
     @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None, steps: np.ndarray | None = None
-    ) -> Trace:
+    def load(cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None, steps: Any = None) -> Trace:
         """The trace of a run folder (or of the ``trace`` folder in it).
 
         Of COLUMNS those in ``columns`` are read, the others are null; of the sampled steps ``steps``; None: all.
@@ -251,7 +248,7 @@ class Trace:
             layers = [_layer(line) for line in meta.pop("layers")] if schema == SCHEMA else []
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
-        if rows.num_rows < meta.pop("rows", 0):
+        if rows.num_rows < meta.pop("rows", 0) and steps is None:
             raise TraceError(f"{here}: damaged: a part-NNNNN.parquet is gone or was cut short")
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")

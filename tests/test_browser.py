@@ -294,7 +294,7 @@ def test_remedies_stand_with_before_and_after(browser, page):
     browser.open(page, view="findings", run="remedied")
     told = browser.text(".tried")
     assert "tanh, variance 1" in told
-    assert "(recommended)" in told
+    assert "Recommended: tanh, variance 1. Add model.activation=tanh." in told
     assert len(browser.all(".tried circle")) == 2
 
 

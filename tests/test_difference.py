@@ -77,6 +77,8 @@ def test_every_measured_column_has_its_place():
         "slope_factor",
         "decades",
         "nonfinite_sample",
+        "nan_samples",
+        "inf_samples",
         "W_distinct_rows",
     }
     assert sorted(ORDER) == sorted(set(COLUMNS) - derived)

@@ -28,19 +28,19 @@ def bars(svg):
 
 
 def test_a_bar_is_as_long_as_what_is_lost():
-    drawn = bars(sketch.profile(["a", "b", "c"], [-6.0, -3.0, 0.0], 100, ""))
+    drawn = bars(sketch.profile(["a", "b", "c"], [-6.0, -3.0, 0.0], 100, 0))
     assert drawn["a"][1] == pytest.approx(2 * drawn["b"][1], abs=0.2)
     assert (drawn["a"][2], drawn["b"][2], drawn["c"][2]) == (sketch.DIES, sketch.DIES, sketch.PLAIN)
 
 
 def test_what_is_no_number_is_told_and_not_drawn():
-    drawn = sketch.profile(["a", "b", "c", "d"], [-math.inf, math.nan, math.inf, 0.0], 100, "")
+    drawn = sketch.profile(["a", "b", "c", "d"], [-math.inf, math.nan, math.inf, 0.0], 100, 0)
     assert bars(drawn).keys() == {"d"}
     assert all(word in drawn for word in ("exactly 0", "not measured", "infinite"))
 
 
 def test_many_layers_stay_a_small_picture():
-    drawn = sketch.profile([str(i) for i in range(1000)], [0.0] * 1000, 1000, "")
+    drawn = sketch.profile([str(i) for i in range(1000)], [0.0] * 1000, 1000, 0)
     assert len(bars(drawn)) <= sketch.MOST
 
 

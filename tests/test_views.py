@@ -7,12 +7,13 @@ import json
 import math
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from run_folders import HOSTILE, renamed, sick, write_run
 from typed import net
 
 from bpdiag import views
-from bpdiag.trace import Trace, TraceError
+from bpdiag.trace import COLUMNS, Sample, Trace, TraceError, TraceWriter
 
 SPECIAL = {-32768: None, -32767: math.nan, -32766: -math.inf, 32767: math.inf}
 
@@ -136,3 +137,17 @@ def test_runs_are_found_in_natural_order_and_not_looked_into(tmp_path):
     assert [str(p.relative_to(tmp_path)) for p in views.find(tmp_path)] == ["a", "b/depth=5", "b/depth=10"]
     assert views.find(tmp_path / "a") == [tmp_path / "a"]
     assert views.find(tmp_path / "nowhere") == []
+
+
+def test_a_long_run_that_a_recorder_wrote_is_read_in_part(tmp_path):
+    """Its meta.json tells how many rows there are; a reader of some steps does not miss the others."""
+    trace = net(3, steps=range(30))
+    writer = TraceWriter(tmp_path / "run", trace.meta, part_samples=7)
+    index = {layer.key: i for i, layer in enumerate(trace.layers)}
+    for step in range(30):
+        lines = trace.table.filter(pc.equal(trace.table["step"], step)).to_pylist()
+        rows = [(0, index[f"{line['layer']}#{line['call']}"], {c: line[c] for c in COLUMNS}) for line in lines]
+        writer.write(Sample(step, trace.layers, rows, [(step, 1.0)], 0.1))
+    writer.close()
+    told = views.detail(tmp_path / "run", "run", columns=4)
+    assert (len(told["steps"]), told["sampled"]) == (4, 30)

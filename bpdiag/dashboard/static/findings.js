@@ -83,15 +83,16 @@ function strip(host, run, i) {
 /** Before and after of each remedy tried: ring and dot; the failed stay in the table. */
 function remedies(host, run) {
   const each = (x) => (Array.isArray(x) ? x : [x]).map(number), middle = (x) => { const s = each(x).filter(finite).sort((a, b) => a - b); return s.length ? s[s.length >> 1] : null; };
-  const rows = [...run.remedies].sort((a, b) => (middle(a.after?.loss) ?? Infinity) - (middle(b.after?.loss) ?? Infinity));
+  const rows = run.remedies; // as the search ranked them
   const all = rows.flatMap((r) => [...each(r.before?.decades), ...each(r.after?.decades)]).filter(finite), low = Math.floor(Math.min(run.limit - 0.6, ...all)), high = Math.max(0.6, ...all);
-  const W = host.clientWidth < 560 ? 110 : 236, x = (v) => 6 + ((W - 12) * (v - low)) / (high - low), [sample] = rows;
+  const W = host.clientWidth < 560 ? 72 : 190, x = (v) => 6 + ((W - 12) * (v - low)) / (high - low);
   const dots = (r) => html`<svg width="${W}" height="20" aria-hidden="true"><line x1="${x(run.limit)}" x2="${x(run.limit)}" y1="0" y2="20" stroke="var(--rule)"/>
     ${finite(middle(r.before?.decades)) && finite(middle(r.after?.decades)) ? html`<line x1="${x(middle(r.before.decades))}" x2="${x(middle(r.after.decades))}" y1="10" y2="10" stroke="var(--soft)"/>` : ""}
     ${each(r.before?.decades).filter(finite).map((v) => html`<circle cx="${x(v)}" cy="10" r="3.2" fill="var(--page)" stroke="var(--soft)"/>`)}${each(r.after?.decades).filter(finite).map((v) => html`<circle cx="${x(v)}" cy="10" r="3.4" fill="${v < run.limit ? "var(--dies)" : "var(--ink)"}"/>`)}</svg>`;
-  const told = (x) => (finite(middle(x)) ? plainNumber(middle(x)) : odd(middle(x))), seeds = Array.isArray(sample.seeds) ? sample.seeds.length : sample.seeds;
-  draw(host, html`<h2>What helps <small>tried on this network${sample.steps ? `, ${sample.steps} steps each` : ""}${seeds ? `, ${seeds} seed${seeds > 1 ? "s" : ""}` : ""}, best first</small></h2>
-    <table><thead><tr><th>remedy</th><th class="wide">what changes</th><th>lowest layer, before to after</th><th class="n">after</th><th class="n">loss</th><th class="n wide">accuracy</th><th>it</th></tr></thead><tbody>
-    ${rows.map((r) => html`<tr><td>${r.recommended ? html`<b>${r.name}</b>` : r.name}</td><td class="soft wide">${r.change}</td><td>${dots(r)}</td><td class="n">${finite(middle(r.after?.decades)) ? power(middle(r.after.decades)) : odd(middle(r.after?.decades))}</td><td class="n">${told(r.after?.loss)}</td><td class="n wide">${finite(middle(r.after?.accuracy)) ? percent(middle(r.after.accuracy)) : "–"}</td><td>${spelled(r.verdict ?? "")}${r.recommended ? html` <b>(recommended)</b>` : ""}</td></tr>`)}</tbody></table>
+  const told = (x) => (finite(middle(x)) ? plainNumber(middle(x)) : odd(middle(x))), count = (x) => (Array.isArray(x) ? x.length : x ?? "–"), best = rows.find((r) => r.recommended);
+  draw(host, html`<h2>What helps <small>tried on copies of this network, before and after at equal steps, best first</small></h2>
+    ${best ? html`<p class="lead"><b>Recommended: ${best.name}.</b> ${best.overrides?.length ? html`Add <code>${best.overrides.join(" ")}</code>.` : ""}</p>` : ""}
+    <table><thead><tr><th>remedy</th><th class="wide">what changes</th><th class="n wide">steps</th><th class="n wide">seeds</th><th>lowest layer</th><th class="n wide">after</th><th class="n">loss</th><th class="n wide">accuracy</th><th>it</th></tr></thead><tbody>
+    ${rows.map((r) => html`<tr><td>${r.recommended ? html`<b>${r.name}</b>` : r.name}</td><td class="soft wide lines">${r.change}</td><td class="n wide">${count(r.steps)}</td><td class="n wide">${count(r.seeds)}</td><td>${dots(r)}</td><td class="n wide">${finite(middle(r.after?.decades)) ? power(middle(r.after.decades)) : odd(middle(r.after?.decades))}</td><td class="n">${told(r.before?.loss)} → ${told(r.after?.loss)}</td><td class="n wide">${finite(middle(r.after?.accuracy)) ? percent(middle(r.after.accuracy)) : "–"}</td><td>${spelled(r.verdict ?? "")}</td></tr>`)}</tbody></table>
     <p class="note">Open ring: before. Filled: after. The upright line is the limit 1/${run.planned}. What failed stays in the table.</p>`);
 }
