@@ -365,6 +365,16 @@ CASES = {
         fit(lambda: mlp(n_out=1), lambda out: F.binary_cross_entropy_with_logits(out[:, 0], 255.0 * (Y > 2))),
         fit(lambda: mlp(n_out=1), lambda out: F.binary_cross_entropy_with_logits(out[:, 0], 1.0 * (Y > 2))),
     ),
+    "labels of -1 and 1": Case(
+        ("targets", "out of range"),
+        fit(squeezed, lambda out: F.binary_cross_entropy_with_logits(out, torch.sign(T))),
+        fit(squeezed, lambda out: F.binary_cross_entropy_with_logits(out, (torch.sign(T) + 1) / 2)),
+    ),
+    "a few labels of 2": Case(
+        ("targets", "out of range"),
+        fit(squeezed, lambda out: F.binary_cross_entropy_with_logits(out, (T > 0) + 1.0 * (T > 1.5))),
+        fit(squeezed, lambda out: F.binary_cross_entropy_with_logits(out, (T > 0) * 1.0)),
+    ),
     "a softmax of logits times a thousand": Case(
         ("logits_saturated", "temperature"),
         fit(mlp, lambda out: classify(1000 * out), lambda m: sgd(m, 1e-7)),

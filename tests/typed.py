@@ -212,6 +212,10 @@ def numbers(rms: float) -> Callable[[int], dict[str, float]]:
     return lambda step: {"target_rms": rms, "target_spread": rms / 10}
 
 
+def between(lowest: float, highest: float) -> Callable[[int], dict[str, float]]:
+    return lambda step: {"target_lowest": lowest, "target_highest": highest}
+
+
 def classes(share: float) -> Callable[[int], dict[str, float]]:
     """Four classes, one after the other, each with so much of its batches."""
     return lambda step: {"target_class": float(step // 50), "target_class_share": share}
