@@ -566,6 +566,13 @@ def test_a_head_trained_on_features():
     assert found(Tensor.detach, True) == [("disconnected", "harm")]
 
 
+def test_one_fault_in_several_passes_is_one_finding():
+    def in_parts(out):
+        return sum(F.cross_entropy(part.softmax(1), y) for part, y in zip(out.split(16), Y.split(16), strict=True)) / 4
+
+    assert [f.kind for f in findings(fit(mlp, in_parts), 30)] == ["loss_interface"]
+
+
 # ---- what looks so and is none ----------------------------------------------------------------------------
 
 

@@ -38,9 +38,11 @@ def loss_interface(p: Profile) -> Iterator[Finding]:
                 len(path),
             )
             return
+    places = set[tuple[str, str | None]]()  # several passes, or losses, may show one fault
     for step in path:
         told = _misfit(p.trace, step, path)
-        if told is not None:
+        if told is not None and (told[0], step.end) not in places:
+            places.add((told[0], step.end))
             yield _finding(p, step, *told, len(path))
 
 

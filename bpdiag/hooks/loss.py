@@ -32,7 +32,7 @@ class LossPaths:
         self.steps: list[Step] = []
         self._known: set[str] = set()
 
-    def examine(self, loss: Tensor, outputs: Mapping[Place, list[Step]]) -> None:
+    def examine(self, loss: Tensor, outputs: Mapping[Place, Mapping[Place, Call]]) -> None:
         """Add the path of a loss, unless one like it is known: batches may differ in size."""
         if len(self._known) >= MOST_LOSSES:
             return
@@ -43,25 +43,25 @@ class LossPaths:
             self.steps += [{**step, "reads": [n + len(self.steps) for n in step["reads"]]} for step in path]
 
 
-def loss_path(loss: Tensor, outputs: Mapping[Place, list[Step]]) -> list[Step]:
+def loss_path(loss: Tensor, outputs: Mapping[Place, Mapping[Place, Call]]) -> list[Step]:
     """The operations from the model's output up to ``loss``, each after those that it reads.
 
     Args:
         loss: before its backward.
-        outputs: the model's output tensors, each the node that made it and which of its outputs it is; with what
-            ``end_of_model`` tells of it.
+        outputs: the model's output tensors, each the node that made it and which of its outputs it is; with the watched
+            calls of its forward pass, by what they gave out.
 
     Returns:
         ``{"op": "LogSoftmax", "shape": [64, 10], "reads": [0], "dim": 1}``: autograd's name of it without Backward, the
         shape of what it gave out, the places in this list of what it reads, the dimension it worked along, counted from
         the front, where it has one.  First the outputs that are read, as ``{"op": "Output", "shape": [64, 10], "reads":
-        [], "made": [...]}``, made as told.  Empty where the loss was not computed from these outputs, or over more than
-        64 operations.
+        [], "made": [...]}``, made as ``end_of_model`` tells it.  Empty where the loss was not computed from these
+        outputs, or over more than 64 operations.
 
     Example:
         >>> import torch
         >>> out = torch.ones(3, 2, requires_grad=True) * 1
-        >>> [step["op"] for step in loss_path(out.softmax(1).log().mean(), {(out.grad_fn, 0): []})]
+        >>> [step["op"] for step in loss_path(out.softmax(1).log().mean(), {(out.grad_fn, 0): {}})]
         ['Output', 'Softmax', 'Log', 'Mean']
     """
     reached: dict[Place, None] = {}
@@ -83,7 +83,10 @@ def loss_path(loss: Tensor, outputs: Mapping[Place, list[Step]]) -> list[Step]:
         return []
     number: dict[Any, int] = {edge: n for n, edge in enumerate(reached)}
     number |= {node: len(reached) + n for n, node in enumerate(order)}
-    begins = [{"op": "Output", "shape": _shape(*edge), "reads": [], "made": outputs[edge]} for edge in reached]
+    begins: list[Step] = [
+        {"op": "Output", "shape": _shape(*edge), "reads": [], "made": end_of_model(edge, outputs[edge])}
+        for edge in reached
+    ]
     return [*begins, *(_step(node, number) for node in order)]
 
 

@@ -20,7 +20,7 @@ from bpdiag.hooks.cuts import Cuts
 from bpdiag.hooks.gains import derive
 from bpdiag.hooks.graph import Graph, View, Walk, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.hook import Hook, what_hooks_stand_on
-from bpdiag.hooks.loss import LossPaths, end_of_model
+from bpdiag.hooks.loss import LossPaths
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.passes import Passes, recomputing
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
@@ -205,7 +205,7 @@ class Recorder:
         self._graph = Graph(self._shelf)
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
-        self._outputs: dict[tuple[Any, int], list[dict[str, Any]]] = {}  # the model's own places -> its end there
+        self._outputs: dict[tuple[Any, int], dict[tuple[Any, int], Call]] = {}  # of the model -> calls of that pass
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._scales, self._target = Scales(), dict[str, Any]()
@@ -236,7 +236,7 @@ class Recorder:
             self._given |= walk.parents
             self._given_through |= walk.through
             places = [(t.grad_fn, t.output_nr) for t in outs]
-            self._outputs |= {place: end_of_model(place, self._graph.made_by) for place in places}
+            self._outputs |= dict.fromkeys(places, self._graph.made_by)
             self._graph.read(walk, None)
             self._graph.measure_forks()
 
