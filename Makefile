@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench zoo docs clean
+.PHONY: demo test check bench remedies zoo docs clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -17,6 +17,10 @@ check: .venv
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/judging.py
+
+# Whether what is recommended keeps its promise: docs/remedies.md; an hour of one core.
+remedies: .venv
+	$(BIN)/python benchmarks/remedies.py
 
 # Every architecture of tests/zoo_*.py, and the page of what was found: docs/compatibility.md.
 zoo: .venv

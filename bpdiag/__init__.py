@@ -19,6 +19,7 @@ _PUBLIC = {
     "Result": "training",
     "Trace": "trace",
     "assert_healthy": "trial",
+    "cure": "remedy",
     "diagnose": "diagnosis",
     "load": "training",
     "notes": "diagnosis",
@@ -34,6 +35,7 @@ __all__ = [
     "Result",
     "Trace",
     "assert_healthy",
+    "cure",
     "diagnose",
     "load",
     "notes",
@@ -44,6 +46,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "remedy":  # bpdiag.remedy.rescale(...) stands in lines to paste
+        return import_module("bpdiag.remedy")
     if name in _PUBLIC:
         return getattr(import_module(f"bpdiag.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'bpdiag' has no attribute {name!r}; public: {', '.join(__all__)}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import bpdiag
 from bpdiag.config import Config, UsageError, choose, flat, meanings, nearest, says_yes
@@ -27,6 +27,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
   bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
   bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json] [--fail-on harm]
+  bpdiag diagnose RUN --cure       and try remedies on copies, for up to remedy.seconds
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
   bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
   bpdiag chain --run RUN --layer NAME [--step N]    the same product, measured in a trained net
@@ -96,14 +97,22 @@ def _guarded(arguments: list[str]) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what cannot be understood, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.removeprefix('bpdiag ')}: {message}; see {self.prog} --help")
+
+
 # ---- sub-commands -----------------------------------------------------------------------------------------
 
 
 def _diagnose(arguments: list[str]) -> int:
     """``bpdiag diagnose RUN ...``: judge stored traces again."""
-    parser = argparse.ArgumentParser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
+    parser = _Parser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
+    parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
     parser.add_argument("--fail-on", metavar="SEVERITY", help="exit with 1 if a run has a finding: harm, warning")
     told = parser.parse_args(arguments)
     if told.fail_on is not None:
@@ -121,19 +130,48 @@ def _diagnose(arguments: list[str]) -> int:
             judged.append((run, trace, diagnosis.diagnose(trace)))
         except TraceError as error:  # one that cannot be read stops no other
             refused.append(str(error))
+    cures = _cure_stored(judged) if told.cure else {}
     if told.json and judged:
-        found = [{"run": str(run), "findings": f, "notes": diagnosis.notes(trace)} for run, trace, f in judged]
+        found = [
+            {
+                "run": str(run),
+                "findings": f,
+                "notes": diagnosis.notes(trace),
+                **(cures[run].to_dict() if run in cures else {}),
+            }
+            for run, trace, f in judged
+        ]
         print(json.dumps(plain(found), indent=1, ensure_ascii=False))
     elif len(judged) == 1:
         run, trace, findings = judged[0]
         terminal.report(trace, findings, run, terminal.console())
+        terminal.cure(cures.get(run), terminal.console())
     else:
         for run, trace, findings in judged:
             terminal.brief(run, trace, findings, terminal.console())
+            terminal.cure(cures.get(run), terminal.console())
     for message in refused:
         print(f"bpdiag: {message}", file=sys.stderr)
     failed = any(f.severity in FAILS.get(told.fail_on, ()) for _, _, findings in judged for f in findings)
+    if any(cure.interrupted for cure in cures.values()):
+        raise KeyboardInterrupt
     return 2 if refused else 1 if failed else 0
+
+
+def _cure_stored(judged: list[Any]) -> dict[Path, Any]:
+    """What was tried for each run that has findings, by its folder, and kept there."""
+    from bpdiag import terminal
+    from bpdiag.remedy import cure_stored, keep
+
+    cures = {}
+    for run, trace, findings in judged:
+        if findings:
+            with terminal.trying(terminal.console(stderr=True)) as trying:
+                cures[run] = cure_stored(run, trace, findings, trying)
+            keep(cures[run], run)
+            if cures[run].interrupted:
+                break
+    return cures
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -154,7 +192,7 @@ def _natural(run: Path) -> list[str]:
 
 def _diff(arguments: list[str]) -> int:
     """``bpdiag diff RUN RUN``: what differs between two runs, and where their numbers part."""
-    parser = argparse.ArgumentParser(prog="bpdiag diff", description="What differs between two runs.")
+    parser = _Parser(prog="bpdiag diff", description="What differs between two runs.")
     parser.add_argument("run", nargs=2, help="a run folder")
     told = parser.parse_args(arguments)
 
@@ -177,9 +215,7 @@ def _chain(arguments: list[str]) -> int:
     """``bpdiag chain``: the chain rule on scalars; with ``--run`` the same product in a trained net."""
     from bpdiag import lesson
 
-    parser = argparse.ArgumentParser(
-        prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="bpdiag chain", description=lesson.HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="see above; what is not given is the lesson's")
     parser.add_argument("--run", help="a run folder: measured factors in the place of scalars")
     parser.add_argument("--layer", metavar="NAME", help="of that run: the layer whose dC/dW is told")
@@ -210,7 +246,7 @@ def _chain(arguments: list[str]) -> int:
 
 def _predict(arguments: list[str]) -> int:
     """``bpdiag predict KEY=VALUE ...``: what theory expects of a run, untrained."""
-    parser = argparse.ArgumentParser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
+    parser = _Parser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of a run: bpdiag --help has them")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)
@@ -361,13 +397,19 @@ def _job(composed: Any) -> Any:
     from bpdiag.training import train
 
     config, folder = _config(composed), Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode is RunMode.MULTIRUN or TELLS.get() == "quiet":
+    several = HydraConfig.get().mode is RunMode.MULTIRUN
+    if several and not any(word.startswith("remedy.") for word in HydraConfig.get().overrides.task):
+        config.remedy.steps = 0  # each sick job would take twice as long
+    if several or TELLS.get() == "quiet":
         result = train(config, folder)
+        cure = _cure(result)
     elif TELLS.get() == "json":
         from bpdiag.trace import plain
 
         result = train(config, folder)
+        cure = _cure(result)
         told = {"run": str(_relative(folder)), "metrics": result.metrics, "findings": result.findings}
+        told |= cure.to_dict() if cure else {}
         print(json.dumps(plain(told), indent=1, ensure_ascii=False))
     else:
         out = terminal.console()
@@ -382,7 +424,24 @@ def _job(composed: Any) -> Any:
             raise
         terminal.report(result.trace, result.findings, _relative(folder), out)
         terminal.metrics(result.metrics, out)
+        with terminal.trying(out) as trying:
+            cure = _cure(result, trying)
+        terminal.cure(cure, out)
+    if cure is not None and cure.interrupted:
+        raise KeyboardInterrupt
     return Outcome.of(result.trace, result.findings, result.metrics, flat(config))
+
+
+def _cure(result: Any, progress: Any = None) -> Any:
+    """Remedies for a run with findings, tried for no longer than it took, and kept; None where none are asked for."""
+    if not result.findings or not result.config.remedy.steps:
+        return None
+    from bpdiag.remedy import cure_run, keep
+
+    told = result.config, result.trace, result.findings, result.metrics
+    cure = cure_run(*told, no_dearer=True, progress=progress)
+    keep(cure, result.folder)
+    return cure
 
 
 def _relative(folder: Path) -> Path:

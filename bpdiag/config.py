@@ -97,6 +97,14 @@ class WatchConfig:
 
 
 @dataclass
+class RemedyConfig:
+    """What is tried on copies where a run ends with findings."""
+
+    steps: int = option(200, "of each remedy tried, 50 or more; 0: none is tried, as in a sweep that does not ask")
+    seconds: float = option(60.0, "for trying remedies, at most; at the end of a run no longer than the run took")
+
+
+@dataclass
 class Expectation:
     """What an experiment should show, checked against its results when it has run."""
 
@@ -118,6 +126,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    remedy: RemedyConfig = field(default_factory=RemedyConfig)
     expect: list[Expectation] = field(default_factory=list)  # of an experiment; no run reads it
 
 
@@ -147,6 +156,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "training.steps": (0, 10**12),
     "training.threads": (1, 1024),
     "watch.every": (1, 10**12),
+    "remedy.steps": (0, 10**12),
+    "remedy.seconds": (0, 10**9),
 }
 
 

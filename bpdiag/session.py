@@ -180,7 +180,11 @@ class Watch:
         self._closed = True
         try:
             self._running().stop()
-            self._writer.meta |= {"unseen": self._running().unseen(), "every": self._running().pace.every}
+            self._writer.meta |= {
+                "unseen": self._running().unseen(),
+                "every": self._running().pace.every,
+                "steps": self._running().step,
+            }
             self._writer.close()
             if self._board is not None and self._log is not None:
                 findings = self._findings()

@@ -6,14 +6,16 @@ is set.
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from rich.console import Console, Group
@@ -49,6 +51,26 @@ STYLES = {
 }
 HELD = {True: ("✓ as expected", "default"), False: ("✗ not so", "bold yellow"), None: ("– open", "dim")}
 BAR = 24  # cells of the widest bar
+DUST = 1e-9  # a variance below is 0 to all purposes
+LARGE = 1e4  # numbers from here on are told by their decades
+
+
+class _Trimmed(io.TextIOBase):
+    """Standard output or error without the blanks that pad a table's lines: who reads a file or a pipe has no use."""
+
+    def __init__(self, stderr: bool) -> None:
+        self._stream = sys.stderr if stderr else sys.stdout
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream behind."""
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r" +(?=\n)", "", text))
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 class _Console(Console):
@@ -63,9 +85,10 @@ class _Console(Console):
 def console(stderr: bool = False) -> Console:
     """Standard output (or error); 112 columns where it is no terminal and says no width."""
     out = _Console(stderr=stderr, highlight=False)
-    if not out.is_terminal and not os.environ.get("COLUMNS"):
-        out = _Console(stderr=stderr, highlight=False, width=112)
-    return out
+    if out.is_terminal:
+        return out
+    width = None if os.environ.get("COLUMNS") else 112
+    return _Console(file=cast(IO[str], _Trimmed(stderr)), stderr=stderr, highlight=False, width=width)
 
 
 # heading: (narrowest terminal that shows it, column, whose row)
@@ -112,7 +135,9 @@ def layer_table(p: Profile, at: int, width: int = 112, band: Sequence[float] | N
             share = whose == "activation"
             told.append(percent(value) if share else _scientific(value) if heading == "update" else _number(value, 3))
         off = [_number(band[row], 1)] if band is not None and banded else []
-        name, drawn = escape(_end_of(layer.title, width)), _bar(decades[row], deepest, limit, bar)
+        nothing = math.isnan(decades[row]) and p.trace.value("g_z_norm", line, at) == 0  # of nothing: 0 / 0
+        drawn = _bar(-math.inf if nothing else decades[row], deepest, limit, bar)
+        name = escape(_end_of(layer.title, width))
         table.add_row(name, _number(decades[row], 1), *off, drawn, *told)
     return table
 
@@ -157,17 +182,17 @@ def _number(x: float, digits: int) -> str:
         return "–"
     if math.isinf(x):
         return "−inf" if x < 0 else "inf"
-    return real(x + 0.0, digits) if abs(x) >= 10**-digits or x == 0 or digits < 2 else _scientific(x)
+    return real(x + 0.0, digits) if 10**-digits <= abs(x) < LARGE or x == 0 or digits < 2 else _scientific(x)
 
 
 def _scientific(x: float) -> str:
     return "–" if math.isnan(x) else "0" if x == 0 else f"{x:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def findings_text(findings: Sequence[Finding], healthy: str) -> Group:
-    """The findings in words, each with its cause and remedy; or what is said of a healthy net."""
+def findings_text(findings: Sequence[Finding], summary: dict[str, Any]) -> Group:
+    """The findings in words, each with its cause and remedy; or what the summary says of a healthy net."""
     if not findings:
-        return Group(Text(f"● {healthy}"))
+        return Group(Text(f"{GLYPHS[summary['verdict']]} {summary['sentence']}"))
     told: list[Any] = []
     for finding in findings:
         word, where = diagnosis.verdict([finding]), _span(finding.layers)
@@ -183,7 +208,7 @@ def findings_text(findings: Sequence[Finding], healthy: str) -> Group:
 def _span(layers: Sequence[str]) -> str:
     names = [name.removesuffix("#0") for name in layers]
     if len(names) > 3:
-        return f"layers {names[0]} to {names[-1]} ({len(names)} of them)"
+        return f"{len(names)} layers from {names[0]} to {names[-1]}"
     return ", ".join(names)
 
 
@@ -202,7 +227,7 @@ def report(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[
             f"{_number(last['gain_per_layer'], 3)} at step {last['step']}"
         )
     out.print()
-    out.print(findings_text(findings, summary["sentence"]))
+    out.print(findings_text(findings, summary))
     for note in diagnosis.notes(trace):
         out.print(Padding(Text(f"note: {note}", style="dim"), (0, 0, 0, 2)))
     if folder is not None:
@@ -213,7 +238,7 @@ def report(trace: Trace, findings: Sequence[Finding], folder: str | os.PathLike[
 def forecast(trace: Trace, findings: Sequence[Finding], out: Console) -> None:
     """What theory expects of a run not begun: the sentence, the layer table, how deep it may be, what would mend it."""
     p, told = diagnosis.profile(trace), trace.meta["predicted"]
-    out.print(findings_text(findings, diagnosis.summarize(trace, findings)["sentence"]))
+    out.print(findings_text(findings, diagnosis.summarize(trace, findings)))
     out.print()
     out.print(layer_table(p, 0, out.width, [told["spreads"] * x for x in told["decades_band"]]))
     if theory := diagnosis.expected_gain(trace):
@@ -223,7 +248,7 @@ def forecast(trace: Trace, findings: Sequence[Finding], out: Console) -> None:
         )
     out.print()
     for line in _bounds(told, p):
-        out.print(Text(line))
+        out.print(Text(line), soft_wrap=True)  # a command is copied whole
     if told["caveat"]:
         out.print(f"  note: {told['caveat']}", style="dim")
 
@@ -239,8 +264,10 @@ def _bounds(told: dict[str, Any], p: Profile) -> Iterator[str]:
             f"learned through about {scales['trainable']:.0f}"
         )
     if there := told["critical"]:
-        w, b = (f"{there[key]:.7g}" for key in ("weight_variance", "bias_variance"))
-        yield f"critical   sigma_w^2 = {w}, sigma_b^2 = {b}: bpdiag model.weight_variance={w} model.bias_variance={b}"
+        w, b = (f"{there[key]:.7g}" if there[key] > DUST else "0" for key in ("weight_variance", "bias_variance"))
+        mends = there["verdict"] == "lives" != told["verdict"]
+        command = f": bpdiag model.weight_variance={w} model.bias_variance={b}" if mends else ""
+        yield f"critical   sigma_w^2 = {w}, sigma_b^2 = {b}{command}"
         gains = [_number(x["gain_per_layer"], 3) for x in (told, there)]
         decades = [_number(x["decades"][0], 1) for x in (told, there)]
         yield (
@@ -258,7 +285,7 @@ def where_to_look(folder: str | os.PathLike[str], out: Console) -> None:
 def brief(run: Path, trace: Trace, findings: Sequence[Finding], out: Console) -> None:
     """One run among several: its name and its findings."""
     out.print(Text(str(run), style="bold"))
-    out.print(Padding(findings_text(findings, diagnosis.summarize(trace, findings)["sentence"]), (0, 0, 1, 0)))
+    out.print(Padding(findings_text(findings, diagnosis.summarize(trace, findings)), (0, 0, 1, 0)))
 
 
 class Grid:
@@ -393,3 +420,74 @@ def metrics(told: dict[str, Any], out: Console) -> None:
         f"test accuracy {100 * told['test_accuracy']:.2f} %, training loss {told['train_loss']:.4g} "
         f"after {told['steps']} steps in {told['seconds']:.1f} s{stopped}"
     )
+
+
+MOST_REMEDIES = 12  # lines of their table
+REMEDY_VERDICTS = {"works": ("●", "bold"), "helps": ("◐", "default"), "does_not": ("–", "dim")}
+
+
+def cure(told: Any, out: Console) -> None:
+    """What was tried on copies, before and after at equal steps, and the change to make; nothing that did not work.
+
+    ``told``: a ``Cure``; None says nothing.
+    """
+    if told is None:
+        return
+    if told.remedies:
+        out.print()
+        out.print(_remedies(told))
+        if (more := len(told.remedies) - MOST_REMEDIES) > 0:
+            out.print(f"and {more} more that were no better", style="dim")
+    if (best := told.recommended) is not None:
+        right = f", {percent(best.after['accuracy'])} right or more" if best.after["accuracy"] >= 0 else ""
+        seeds = f"on {len(best.seeds)} seeds, after {best.steps} steps"
+        out.print(Text(f"● {best.name} works: {seeds}, a loss of {_number(best.after['loss'], 2)} or less{right}."))
+        change = " ".join(map(_quoted, best.overrides)) or best.change
+        out.print(Padding(Text(f"add    {change}" if best.overrides else change, style="bold"), (0, 0, 0, 2)))
+    elif told.remedies:
+        out.print("None was seen to work on every seed, so none is recommended.")
+    for note in told.notes:
+        out.print(Padding(Text(f"note: {note}", style="dim"), (0, 0, 0, 2)))
+
+
+def _quoted(override: str) -> str:
+    """For a shell."""
+    return f'"{override}"' if "'" in override else shlex.quote(override)
+
+
+def _remedies(told: Any) -> Table:
+    """One line for each that was tried, the recommended first."""
+    title = f"remedies tried on copies, {len(told.remedies)} in {told.seconds:.0f} s: before → after, at equal steps"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table.add_column("remedy")
+    for heading in ("steps", "seeds", "decades", "loss", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for remedy in told.remedies[:MOST_REMEDIES]:
+        glyph, style = REMEDY_VERDICTS[remedy.verdict]
+        cells = [
+            _from_to(remedy.before[name], remedy.after[name], digits, unit)
+            for name, digits, unit in (("decades", 1, ""), ("loss", 2, ""), ("accuracy", 0, " %"))
+        ]
+        verdict = Text(f"{glyph} {remedy.verdict.replace('_', ' ')}", style=style)
+        table.add_row(escape(remedy.name), str(remedy.steps), str(len(remedy.seeds)), *cells, verdict)
+    return table
+
+
+def _from_to(before: float, after: float, digits: int, unit: str) -> str:
+    """Before → after; a number that is none is a dash."""
+    if math.isnan(before) and math.isnan(after):
+        return "–"
+    one, other = (_number(100 * x if unit else x, digits) if x == x else "–" for x in (before, after))
+    return f"{one} → {other}{unit}"
+
+
+@contextmanager
+def trying(out: Console) -> Iterator[Callable[[float, float, str], None]]:
+    """A bar over the seconds allowed while remedies are tried; nothing where the output is no terminal."""
+    columns = ("[progress.description]{task.description}", BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task("trying remedies", total=None)
+        yield lambda passed, allowed, name: bar.update(
+            task, total=allowed, completed=passed, description=f"trying {escape(name)}"
+        )

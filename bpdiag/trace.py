@@ -238,6 +238,8 @@ class Trace:
             layers = [_layer(line) for line in meta.pop("layers")] if schema == SCHEMA else []
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
+        if rows.num_rows < meta.pop("rows", 0):
+            raise TraceError(f"{here}: damaged: a part-NNNNN.parquet is gone or was cut short")
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
         return cls(rows, steps, layers, gaps, meta)
@@ -421,6 +423,7 @@ class TraceWriter:
         self._missing: dict[tuple[str, int, str, str], list[tuple[int, int]]] = {}
         self._samples, self._parts, self._written = 0, 0, time.monotonic()
         self._last_sampled: int | None = None
+        self._total = 0  # rows written
         self.folder = None
         pa.array([])  # at its first list pyarrow imports pandas, if it is there: now, not in the middle of a training
         if folder is not None:
@@ -467,7 +470,7 @@ class TraceWriter:
         """Write the last part, the reasons for what is missing, the layer table."""
         self._part()
         if self.folder:
-            _write_meta(self.meta, self.layers, self.folder)
+            _write_meta(self.meta | {"rows": self._total}, self.layers, self.folder)
 
     def snapshot(self) -> Trace:
         """All that was taken so far."""
@@ -491,6 +494,7 @@ class TraceWriter:
     def _part(self) -> None:
         rows, steps = self._pending()
         if self.folder:
+            self._total += rows.num_rows
             if rows.num_rows:
                 _write_table(rows, self.folder / f"part-{self._parts:05d}.parquet")
             if steps.num_rows:

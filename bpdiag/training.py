@@ -24,6 +24,7 @@ from bpdiag.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    RemedyConfig,
     TrainingConfig,
     UsageError,
     WatchConfig,
@@ -53,7 +54,10 @@ def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
 
 
 OPTIMIZERS = {"sgd": _sgd, "adam": _adam}
-PARTS = {part.__name__: part for part in (ModelConfig, DataConfig, OptimizerConfig, TrainingConfig, WatchConfig)}
+PARTS = {
+    part.__name__: part
+    for part in (ModelConfig, DataConfig, OptimizerConfig, TrainingConfig, WatchConfig, RemedyConfig)
+}
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Result:
     model: nn.Module
     trace: Trace
     findings: list[Finding]
-    metrics: dict[str, Any]  # test_accuracy, class_accuracy, validation_accuracy, train_loss, steps, seconds, stopped
+    metrics: dict[str, Any]  # test_accuracy, class_accuracy, train_loss, steps, seconds, stopped, ...
 
 
 def check(config: Config) -> None:
@@ -120,6 +124,34 @@ def device(config: Config) -> torch.device:
 
 def _load(config: Config) -> data.Dataset:
     return data.load(config.data, config.training.device, DTYPES[config.training.dtype])
+
+
+@dataclass
+class Begun:
+    """A run before its first step."""
+
+    dataset: data.Dataset
+    where: torch.device
+    net: nn.Module
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def rows(self, config: Config, planned: float) -> Iterator[Tensor]:
+        """Indices of each batch, in the run's own order."""
+        return batches(config, len(self.dataset.train), planned, self.where)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Of the net on these samples."""
+        return self.criterion(self.net(self.dataset.train.x[rows]), self.dataset.train.y[rows])
+
+
+def begin(config: Config) -> Begun:
+    """Data, net, loss and optimizer of ``config``, which has been checked."""
+    dataset, where, dtype = _load(config), device(config), DTYPES[config.training.dtype]
+    net = model.build(config.model, dataset.shape, dataset.classes, config.seed).to(where, dtype)
+    by_hand = config.model.backward == "handwritten"
+    criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
+    return Begun(dataset, where, net, criterion, OPTIMIZERS[config.optimizer.name](net.parameters(), config))
 
 
 @contextmanager
@@ -215,15 +247,12 @@ def train(
 
 
 def _train(config: Config, folder: Path | None, progress: Callable[[int, int, float], None] | None) -> Result:
-    start = time.perf_counter()
-    dataset, where, dtype = _load(config), device(config), DTYPES[config.training.dtype]
-    net = model.build(config.model, dataset.shape, dataset.classes, config.seed).to(where, dtype)
-    by_hand = config.model.backward == "handwritten"
-    criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
-    optimizer = OPTIMIZERS[config.optimizer.name](net.parameters(), config)
+    start, work = time.perf_counter(), time.process_time()
+    begun = begin(config)
+    dataset, net, optimizer = begun.dataset, begun.net, begun.optimizer
     per_epoch = math.ceil(len(dataset.train) / config.data.batch_size)
     planned = planned_steps(config, len(dataset.train))
-    metrics: dict[str, Any] = {"stopped": None}
+    metrics: dict[str, Any] = {"stopped": None, "validation_accuracy_at": {}}
     interrupt: KeyboardInterrupt | None = None
 
     with watch(
@@ -237,9 +266,10 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         watching.note(config=dataclasses.asdict(config), data_mean=dataset.mean, data_std=dataset.std)
         if config.model.name in prediction.COVERED:
             watching.note(predicted=prediction.expect(config, prediction.source(dataset)))
+        first_step = time.process_time()
         try:
-            for rows in batches(config, len(dataset.train), planned, where):
-                loss = watching.loss(criterion(net(dataset.train.x[rows]), dataset.train.y[rows]))
+            for rows in begun.rows(config, planned):
+                loss = watching.loss(begun.loss(rows))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -250,11 +280,12 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
                         break
                     if progress:
                         progress(step, planned, watching.last_loss)
-                if step % per_epoch == 0:
-                    watching.scalars({"accuracy/validation": accuracy(net, dataset.validation)}, step)
+                if step % per_epoch == 0 or step == config.remedy.steps:
+                    reached = metrics["validation_accuracy_at"][str(step)] = accuracy(net, dataset.validation)
+                    watching.scalars({"accuracy/validation": reached}, step)
         except KeyboardInterrupt as caught:
             interrupt, metrics["stopped"] = caught, "interrupted"
-        metrics["steps"] = watching.steps
+        metrics["steps"], stepped = watching.steps, time.process_time()
         out = logits(net, dataset.test)
         counts = confusion(out.argmax(1), dataset.test.y, dataset.classes)
         metrics["test_accuracy"] = counts.trace().item() / len(dataset.test)
@@ -271,6 +302,9 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
     metrics["train_loss"] = float(told.mean()) if len(told) else math.nan
     findings = diagnose(trace) if len(trace.sampled_steps) else []
     metrics["seconds"] = round(time.perf_counter() - start, 3)
+    missing = (planned - metrics["steps"]) / max(metrics["steps"], 1)
+    worked = time.process_time() - work + missing * (stepped - first_step)
+    metrics["processor_seconds_planned"] = round(worked, 3)  # what the whole run would take, where it stopped
     if folder is not None:
         keep(net, config, dataset, folder / "model.pt")
         write_json(folder / "metrics.json", metrics)
@@ -355,6 +389,21 @@ def _opened(picture: str | os.PathLike[str] | Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, read)
 
 
+def restored(told: dict[str, Any]) -> Config:
+    """The configuration that ``dataclasses.asdict`` wrote; keys it lacks, of an older version's, have their defaults.
+
+    Raises:
+        KeyError, TypeError: It has keys that are not known.
+
+    Example:
+        >>> restored({"seed": 3, "model": {"depth": 2}}).model.depth
+        2
+    """
+    parts = {f.name: str(f.type) for f in dataclasses.fields(Config)}
+    settings: dict[str, Any] = {k: PARTS[parts[k]](**v) if isinstance(v, dict) else v for k, v in told.items()}
+    return Config(**settings)
+
+
 def load(run: str | os.PathLike[str]) -> Kept:
     """The classifier a run kept, and its configuration.
 
@@ -368,10 +417,7 @@ def load(run: str | os.PathLike[str]) -> Kept:
         raise UsageError(f"{run}: no model.pt here; a finished run folder holds one")
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
-        given, facts = kept["config"], kept["data"]
-        parts = {f.name: str(f.type) for f in dataclasses.fields(Config)}
-        settings: dict[str, Any] = {k: PARTS[parts[k]](**v) if isinstance(v, dict) else v for k, v in given.items()}
-        config = Config(**settings)
+        config, facts = restored(kept["config"]), kept["data"]
         net = model.build(config.model, facts["shape"], len(facts["names"]), config.seed)
         net.to(DTYPES[config.training.dtype]).load_state_dict(kept["state_dict"])
     except (RuntimeError, OSError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:

@@ -49,10 +49,15 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
         {"torch", "numpy", "PIL"},
     ),
+    "remedy": (
+        {"training", "trial", "session", "initialization", "meanfield", "rules", "diagnosis", "terminal", "__init__"},
+        {"torch", "numpy"},
+    ),
     "launcher": ({"results", "terminal"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
             "training",
+            "remedy",
             "prediction",
             "launcher",
             "results",
@@ -78,6 +83,7 @@ STOREYS = [
     ["terminal", "bridge"],
     ["session", "prediction"],
     ["training", "trial"],
+    ["remedy"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]

@@ -141,3 +141,49 @@ def test_no_hook_is_left_on_a_weight():
         optimizer.step()
         assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def critic_and_generator(clear):
+    """A critic watched alone, whose gradient the generator's loss goes through between its steps."""
+    torch.manual_seed(1)
+    G, D = nn.Linear(6, 6), nn.Linear(6, 1)
+    og, od = (torch.optim.SGD(net.parameters(), lr=0.01) for net in (G, D))
+    with watch(D, od) as watching:
+        for _ in range(12):
+            fake = G(X)
+            if clear:
+                od.zero_grad(set_to_none=clear == "none")
+            watching.loss((D(X).square() - D(fake.detach())).mean()).backward()
+            od.step()
+            og.zero_grad()
+            D(fake).mean().backward()
+            og.step()
+    return watching.trace
+
+
+@pytest.mark.parametrize("clear", ["none", "zeros"])
+def test_a_critics_gradient_that_is_cleared_before_its_own_backward_is_not_stale(clear):
+    trace = critic_and_generator(clear)
+    assert [f.kind for f in diagnosis.diagnose(trace) if f.kind == "stale_gradient"] == []
+    assert norms(trace, 5, "g_W_stale_norm") == [0.0]
+
+
+def test_the_twin_that_is_never_cleared_is():
+    trace = critic_and_generator("")
+    assert [f.kind for f in diagnosis.diagnose(trace) if f.kind == "stale_gradient"] == ["stale_gradient"]
+
+
+def test_of_two_optimizers_the_one_that_never_clears_is_named():
+    torch.manual_seed(1)
+    both = nn.ModuleDict({"G": nn.Linear(6, 6), "D": nn.Linear(6, 1)})
+    og, od = (torch.optim.SGD(both[name].parameters(), lr=0.001) for name in "GD")
+    with watch(both, [od, og]) as watching:
+        for _ in range(20):
+            fake = both["G"](X)
+            od.zero_grad()
+            (both["D"](X).square() - both["D"](fake.detach())).mean().backward()
+            od.step()
+            watching.loss(both["D"](fake).mean()).backward()
+            og.step()
+    (found,) = [f for f in diagnosis.diagnose(watching.trace) if f.kind == "stale_gradient"]
+    assert found.layers == ("G#0",)

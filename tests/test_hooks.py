@@ -1,7 +1,9 @@
 """The recorder against autograd itself: who ran, what came back, what is missing and why."""
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -552,3 +554,30 @@ def test_a_pass_that_failed_leaves_the_next_one_its_place():
         watching.step()
     told = [(r["layer"], r["call"], r["backward"]) for r in watching.trace.to_arrow().to_pylist()]
     assert told == [("low", 0, 0), ("low", 0, 1)]
+
+
+def test_passes_of_an_unfinished_step_do_not_keep_their_graphs():
+    """A validation loop with gradient; the twin: what is held while its output lives."""
+    model, alive = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), []
+
+    class Note(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark = Mark()
+            alive.append(weakref.ref(ctx.mark))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    class Mark:
+        pass
+
+    model.append(type("Noted", (nn.Module,), {"forward": lambda self, x: Note.apply(x)})())
+    with watch(model):
+        kept = [model(torch.ones(2, 4)) for _ in range(100)]
+        assert sum(mark() is not None for mark in alive) == 100
+        del kept
+        gc.collect()
+        assert sum(mark() is not None for mark in alive) <= 5

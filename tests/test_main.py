@@ -425,3 +425,19 @@ def test_a_finding_can_fail_a_build(trace, codes, capsys):
     for options, code in zip(([], ["--fail-on", "harm"], ["--fail-on=warning"]), codes, strict=True):
         assert main(["diagnose", "run", *options]) == code
     assert main(["diagnose", "run", "nowhere", "--fail-on", "warning"]) == 2
+
+
+def test_lines_end_where_their_words_do(capsys):
+    assert main(["predict", "model.depth=3", "training.steps=5"]) == 0
+    told = capsys.readouterr().out
+    assert "step 0, expected" in told
+    assert not [line for line in told.splitlines() if line.endswith(" ")]
+
+
+@pytest.mark.parametrize("line", [["diagnose"], ["chain", "-w"], ["predict", "-m"], ["diff", "one"]])
+def test_a_sub_commands_mistakes_are_one_line(line, capsys):
+    assert main(line) == 2
+    told = capsys.readouterr()
+    assert len(told.err.splitlines()) == 1
+    assert told.err.startswith(f"bpdiag: {line[0]}: ")
+    assert told.err.strip().endswith(f"see bpdiag {line[0]} --help")

@@ -224,7 +224,7 @@ def test_the_command_says_it_in_words_and_reads_and_writes_nothing(capsys, monke
     assert main(["predict", "model.activation=tanh", "model.depth=30", "model.weight_variance=torch"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "▼ The gradient dies on its way down: linear1 receives 10^−7.1 of what the output sends."
-    assert lines[1].strip() == "vanishing by weights (harm), from step 0, layers linear1 to linear21 (21 of them)."
+    assert lines[1].strip() == "vanishing by weights (harm), from step 0, 21 layers from linear1 to linear21."
     told = "\n".join(lines)
     for words in ("step 0, expected", "linear30 ", "gain per hidden layer: 0.57 ± 0.02", "how deep   12 layers",
                   "sigma_w^2 = 1, sigma_b^2 = 0", "gain 0.569 -> 0.938", "● lives"):  # fmt: skip

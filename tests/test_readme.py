@@ -49,6 +49,17 @@ def test_the_lesson_prints_what_the_page_shows(capsys):
     assert [line for line in shown.splitlines() if line not in printed] == ["..."]
 
 
+def test_the_remedies_shown_are_those_that_a_run_prints(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "112")
+    sick = ["model.activation=sigmoid", "model.depth=20", "model.weight_variance=torch"]
+    assert main([*sick, "training.steps=200", "watch.every=50", "remedy.steps=50"]) == 0
+    printed = [re.sub(r"[\d.]+", "", line).split() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = [b for b in re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S) if "remedies tried on copies" in b]
+    told = [re.sub(r"[\d.]+", "", line).split() for line in shown.splitlines()]
+    assert told[1] in printed  # the heading
+    assert {" ".join(row[:2]) for row in told[2:5]} <= {" ".join(row[:2]) for row in printed}
+
+
 def test_a_trained_net_is_written_out_as_the_page_shows(capsys):
     """Line by line, numbers and bars aside: those of the page are of 860 steps."""
 
@@ -73,7 +84,7 @@ def test_the_make_targets_exist():
     assert "bpdiag experiment=vanishing" in makefile
 
 
-PRINTED = ["in 5 residual blocks the skip carries", "7", "tensor([0.4200, 0.7864, 0.0707])"]
+PRINTED = ["● works", "in 5 residual blocks the skip carries", "7", "tensor([0.4200, 0.7864, 0.0707])"]
 
 
 @pytest.mark.parametrize(("block", "printed"), list(zip(blocks("python"), PRINTED, strict=True)))

@@ -70,6 +70,7 @@ EDGES: dict[str, Callable[[], Trace]] = {  # between a threshold and a tenth or 
     "SMALLEST_HALF": lambda: held_in("float16", net(edit=sent(3e-8), loss=stuck)),
     "the optimizer's eps": lambda: held_in("float16", net(loss=stuck), eps=1e-8),
     "IDLE": lambda: residual(0.01),
+    "SCALED": lambda: residual(0.31, z=20.0, loss=lambda s: 9.0 if s == 0 else 2.0),
     "OVERCOME": lambda: residual(0.5, z=20.0, loss=lambda s: 9.0 if s == 0 else 1.0),
     "FIRST_REACH": lambda: net(update=0.16, steps=[0]),
     "ROUNDING": lambda: net(scale=1.3e38, sig=HE * 10**1.25e-9),
@@ -87,7 +88,8 @@ EDGES: dict[str, Callable[[], Trace]] = {  # between a threshold and a tenth or 
 FOUND = {  # what the edges are
     "ROSE": "non_finite", "FELL": "loss_interface", "SETTLED": "symmetric_initialization",
     "SMALL_INPUT": "input_scale", "SMALLEST_HALF": "precision", "the optimizer's eps": "precision",
-    "IDLE": "residual_mismatch", "OVERCOME": "forward_scale", "FIRST_REACH": "update_too_large",
+    "IDLE": "residual_mismatch", "SCALED": "forward_scale", "OVERCOME": "forward_scale",
+    "FIRST_REACH": "update_too_large",
     "ROUNDING": "exploding", "BALANCE": "over_regularized", "KEPT": "over_regularized",
     "SHRUNK": "over_regularized", "PROBABLE": "targets", "HUGE": "non_finite", "SAME": "linear_stack",
     "APART": "correlation_collapse", "LEAST_FALL": "chance_level", "STILL": "chance_level",
@@ -98,7 +100,7 @@ FOUND = {  # what the edges are
 def judged(trace: Trace) -> list[tuple[str, ...]]:
     """What is said, computed anew."""
     fresh = dataclasses.replace(trace)
-    return [(f.kind, f.severity, f.cause, f.why) for f in diagnose(fresh)]
+    return [(f.kind, f.severity, f.cause, f.why, f.remedy) for f in diagnose(fresh)]
 
 
 @pytest.fixture(scope="module")

@@ -398,3 +398,14 @@ def test_a_run_from_before_a_column_existed(tmp_path):
 def test_reading_and_judging_cost_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_a_part_that_is_gone_is_no_whole_trace(tmp_path):
+    writer = TraceWriter(tmp_path, part_samples=1)
+    for step in range(3):
+        writer.write(Sample(step, [Layer("a", 0, "linear")], [(0, 0, {"z_rms": 1.0})], [(step, 1.0)]))
+    writer.close()
+    assert len(Trace.load(tmp_path).sampled_steps) == 3
+    (tmp_path / "trace" / "part-00001.parquet").unlink()
+    with pytest.raises(TraceError, match=r"damaged: a part-NNNNN\.parquet is gone"):
+        Trace.load(tmp_path)

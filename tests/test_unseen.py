@@ -209,3 +209,40 @@ def test_what_cannot_be_watched_is_refused_by_name(name):
     with pytest.raises(UsageError, match=message), watch(model):
         pass
     assert not any(m._forward_hooks for m in model.modules() if not isinstance(m, torch.jit.ScriptModule))
+
+
+class Joined(nn.Module):
+    """Two branches side by side, one cut off."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.a, self.b, self.c, self.cut = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(6, 2), cut
+
+    def forward(self, x):
+        other = self.b(x).relu()
+        return self.c(torch.cat([self.a(x).relu(), other.detach() if self.cut else other], 1))
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_branch_that_no_gradient_comes_back_to_is_listed(cut):
+    model = Joined(cut)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as watching:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    listed = [(line["name"], line["reason"].split(":")[0]) for line in watching.trace.meta["unseen"]]
+    assert listed == ([("b", "called, and no gradient came back")] if cut else [])
+
+
+def test_an_optimizer_that_never_steps_is_told():
+    model = nn.Linear(4, 2)
+    steps, watched = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    for given, told in ((watched, True), (steps, False)):
+        with watch(model, given) as watching:
+            for _ in range(3):
+                steps.zero_grad()
+                watching.loss(model(torch.ones(2, 4)).sum()).backward()
+                steps.step()
+        assert any("never stepped" in note for note in diagnosis.notes(watching.trace)) is told

@@ -107,3 +107,23 @@ def test_a_gradient_that_is_gone_is_missing_rather_than_wrong():
     assert rows[3] == pytest.approx(rows[1] * 1e-30, rel=1e-5)
     reasons = {(m.column, m.from_step, m.reason) for m in watching.trace.missing if m.layer == "0" and m.from_step == 2}
     assert ("g_W_norm", 2, "it came near the ends of float32: told from the next sample on") in reasons
+
+
+def test_a_group_added_while_it_is_watched_is_measured_from_then_on():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    model[0].requires_grad_(False)
+    optimizer, truth = torch.optim.SGD(model[2].parameters(), lr=0.1), []
+    with watch(model, optimizer) as watching:
+        for step in range(4):
+            if step == 2:
+                model[0].requires_grad_(True)
+                optimizer.add_param_group({"params": model[0].parameters()})
+            optimizer.zero_grad()
+            model(X).square().mean().backward()
+            before = model[0].weight.detach().double()
+            optimizer.step()
+            truth.append(rms((model[0].weight.detach().double() - before).float()) / rms(before))
+    told = [row["update_ratio"] for row in watching.trace.to_arrow().to_pylist() if row["layer"] == "0"]
+    assert told == pytest.approx(truth, rel=1e-6)
+    assert told[1] == 0 < told[2]

@@ -104,6 +104,7 @@ CAUSES = {
     "precision": ("non_finite", "vanishing", "update_too_small", "correlation_collapse", "dead_units"),
     "logits_saturated": ("forward_scale", "exploding"),
     "saturated": ("forward_scale",),
+    "forward_scale": ("update_too_large",),
     "stale_gradient": ("update_too_large",),
     "dead_units": ("update_too_large", "correlation_collapse"),
     "update_too_small": ("vanishing", "correlation_collapse"),
@@ -158,6 +159,8 @@ def notes(trace: Trace) -> list[str]:
         told.append(f"planned_steps was not given: harm is judged over {ASSUMED_STEPS} steps")
     if not trace.meta.get("optimizer"):
         told.append("no optimizer was given: no update was measured, and plain gradient descent is assumed")
+    if trace.meta.get("optimizer") and trace.meta.get("steps") == 0 and len(trace.sampled_steps):
+        told.append("the optimizer given to watch never stepped: give it the one that does; all is told as step 0")
     if not len(trace.losses[0]):
         told.append("no loss was told (watch.loss): whether the run has converged, and its scale, are unknown")
     frozen = sorted({m.layer for m in trace.missing if m.reason == "frozen"})

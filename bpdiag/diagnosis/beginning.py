@@ -16,6 +16,7 @@ MOST_SATURATED = 0.5  # of a layer's elements at the first step; at critical wei
 LARGE_WEIGHTS = 2.0  # times the critical standard deviation
 LARGE_OUTPUT = 8.0  # rms of the logits: softmax is then sure of one class (maths of finding "forward blow-up")
 LARGE_LOSS = 2.0  # times ln K, what guessing costs
+SCALED = 2.0  # branches^2 all together, against the skip's 1: branches over sqrt(blocks) have about 1
 OVERCOME = 0.5  # of ln K: a sum of many branches is large by none of them, and each step takes a little of all back
 
 
@@ -120,7 +121,7 @@ def logits_saturated(p: Profile) -> Iterator[Finding]:
     ops = [step["op"].lower() for step in p.trace.meta.get("loss_path") or []]
     before = ops[: next((n for n, op in enumerate(ops) if "softmax" in op), len(ops))]
     stretched = z <= LARGE_OUTPUT and bool({"mul", "div"} & set(before))
-    last = p.trace.value("forward_gain", p.lines[-1], at) or 0.0
+    last = p.trace.value("forward_gain", p.lines[-1], at) or _size(p, at)
     head = z > LARGE_OUTPUT and last > LARGE_OUTPUT and last > (z / last) ** 2
     if not stretched and not head:
         return
@@ -141,6 +142,12 @@ def logits_saturated(p: Profile) -> Iterator[Finding]:
     )
 
 
+def _size(p: Profile, at: int) -> float:
+    """sig of the last layer, what its weights multiply by where its input is not known."""
+    fan_in = p.trace.layers[p.lines[-1]].fan_in or 0
+    return (p.trace.value("W_rms", p.lines[-1], at) or 0.0) * math.sqrt(fan_in)
+
+
 def forward_scale(p: Profile) -> Iterator[Finding]:
     """Logits far beyond what a loss of guessing allows, at the first step: the net begins sure, and wrong."""
     at = at_the_start(p)
@@ -153,8 +160,11 @@ def forward_scale(p: Profile) -> Iterator[Finding]:
     gain = p.trace.column("forward_gain")[0][at, p.lines[1:]]
     gain = gain[np.isfinite(gain) & (gain > 0)]
     typical = float(np.exp(np.log(gain).mean())) if gain.size else math.nan
-    sums = len(blocks(p.trace, at))
-    mend = f"scale the {sums} branches by 1/sqrt({sums})" if sums > 1 else "initialize at the critical weight variance"
+    shares = [block.branch for block in blocks(p.trace, at) if math.isfinite(block.branch)]
+    sums, scaled = len(shares), sum(share**2 for share in shares) < SCALED
+    mend = f"scale the {sums} branches by 1/sqrt({sums}) (model.branch_scale='1/sqrt(blocks)')"
+    mend = "normalize what enters each block, or what enters the head" if scaled else mend
+    mend = mend if sums > 1 else "initialize at the critical weight variance"
     unknown = len(p.steps) == 1 and not p.sgd_like  # who divides the gradient's size out takes it back, step by step
     yield Finding(
         kind="forward_scale",
@@ -168,5 +178,7 @@ def forward_scale(p: Profile) -> Iterator[Finding]:
         expected=f"rms of the output from {z:.3g} to about 1, the first loss from {p.losses[at]:.3g} to {guessing:.2f}",
         source="ours: at rms 8 the softmax gives one class all",
         sentence=f"The net begins sure and wrong: its output has an rms of {z:.3g}, its loss is {p.losses[at]:.3g}.",
-        why=f"Guessing costs {guessing:.2f}. The data have an rms of {data:.3g}; a layer multiplies by {typical:.2g}.",
+        why=f"Guessing costs {guessing:.2f}."
+        + (f" The data have an rms of {data:.3g};" if math.isfinite(data) else " The data are no numbers;")
+        + f" a layer multiplies by {typical:.2g}.",
     )

@@ -55,7 +55,7 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
             "an update in every weight",
         ),
         "learning rate too small": (
-            f"raise the learning rate from {rate:.2g} to {rate * LEAST_TRAVEL / most if most else rate:.2g} or more",
+            f"raise the learning rate from {rate:.3g} to {rate * LEAST_TRAVEL / most if most else rate:.2g} or more",
             f"travel from {most:.1g} to {LEAST_TRAVEL} or more",
         ),
     }[cause]
@@ -76,7 +76,7 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
         expected=expected,
         source="travel, ours: T u sqrt(fan_in) bounds the relative change of an output over T steps",
         sentence=f"Nothing moves: over {p.planned:,} steps {moved}, though gradients arrive.",
-        why=f"The learning rate is {rate:.2g}." if math.isfinite(rate) else "",
+        why=f"The learning rate is {rate:.3g}." if math.isfinite(rate) else "",
     )
 
 
@@ -109,7 +109,7 @@ def update_too_large(p: Profile) -> Iterator[Finding]:
         cause="learning rate",
         evidence={"reach": most, "learning_rate": rate, "loss": p.losses[quote[-1]], "first_loss": first},
         confidence=confidence,
-        remedy=f"lower the learning rate from {rate:.2g} to {less}, or warm it up",
+        remedy=f"lower the learning rate from {rate:.3g} to {less}, or warm it up",
         expected=f"reach of a step from {most:.2g} to {0.1:.1g}",
         source="reach, ours: u sqrt(fan_in) bounds the relative change of an output in one step",
         sentence=f"Every step overwrites what it meets: it can move an output by {most:.2g} of itself.",
@@ -171,21 +171,21 @@ def stale_gradient(p: Profile) -> Iterator[Finding]:
     moved = np.nan_to_num(p.trace.column("update_ratio")[0][:, p.lines]).max(axis=0, initial=0) > 0
     share[:, ~moved] = np.nan  # who is in no optimizer is cleared by none
     later = p.steps > 0
-    known = np.isfinite(share).any(axis=1)
-    stale = np.zeros(len(p.steps), bool)
-    stale[known] = np.nanmedian(share[known], axis=1) > STALE
+    known = np.isfinite(share)
     # where it holds the parts may cancel: a sum of many keeps its share in most samples, not in each
-    if not (later & known).any() or stale[later & known].mean() <= STALE:
+    often = (later[:, None] & (np.nan_to_num(share) > STALE)).sum(axis=0)
+    layers = np.flatnonzero(2 * often > (later[:, None] & known).sum(axis=0))  # of one optimizer among several, its own
+    if not layers.size:
         return
-    typical = float(np.nanmedian(share[later & known]))
+    typical = float(np.nanmedian(share[later][:, layers]))
     yield Finding(
         kind="stale_gradient",
         severity="harm",
-        layers=p.names(range(len(p.lines))),
+        layers=p.names(layers),
         onset_step=int(p.steps[later][0]),
         cause="gradients are never cleared",
         evidence={"stale_share": typical, "loss": float(p.losses[-1])},
-        confidence=float(stale[later & known].mean()),
+        confidence=float(often[layers].sum() / (later[:, None] & known)[:, layers].sum()),
         remedy="call optimizer.zero_grad() before every backward (before the first one of a step, if it has several)",
         expected="nothing in .grad before a step's first backward",
         source="structure: what .grad holds when a step's first backward comes to it",

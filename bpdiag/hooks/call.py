@@ -17,6 +17,7 @@ from bpdiag.rules import ACTIVATIONS, Activation
 SHAPE_NODES = (
     "View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Alias",
 )  # fmt: skip
+MATRIX = (nn.Linear, nn.Bilinear, _ConvNd)  # whose weights are, by their first dimension, units
 NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 BY_MODULE = {  # torch's class -> the activations that it computes, with one setting or another
     rule.oracle: [other for other in ACTIVATIONS.values() if other.oracle is rule.oracle]
@@ -39,7 +40,19 @@ class Facts:
         self.kind = self.rule.name if self.rule else type(module).__name__.removeprefix("FSDP").lower()
         self.r = self.rule.r if self.rule else next((rule.r for rule in BY_MODULE.get(type(module), ())), None)
         self.fan_in = fan_in(module)
+        self._is_foreign = is_foreign(module)  # until its first call
         self.childless = is_childless(module)
+
+    def meet(self, x: Tensor | None, out: Tensor) -> None:
+        """The first call of a foreign module tells by its input and output which side of its weight it sums over.
+
+        (N_out, N_in) as torch has it, or (N_in, N_out); neither, as of a table of positions: it has no fan-in.
+        """
+        weight = self.module._parameters.get("weight")
+        if self._is_foreign and weight is not None and x is not None and x.dim() and out.dim():
+            sides, (rows, columns) = (x.shape[-1], out.shape[-1]), weight.shape
+            self.fan_in = columns if sides == (columns, rows) else rows if sides == (rows, columns) else None
+        self._is_foreign = False
 
     def hold(self) -> bool:
         """Whether the module still computes the same function: a setting may have been changed."""
@@ -190,9 +203,17 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
     return weight
 
 
+def is_foreign(module: nn.Module) -> bool:
+    """Whether its weight is a matrix, of a layout that torch does not say."""
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(module, (*MATRIX, *NO_MATRIX)):
+        return False
+    return not is_lazy(weight) and weight.dim() == 2
+
+
 def fan_in(module: nn.Module) -> int | None:
-    """Products summed into one output: N_in, or C_in/groups times the kernel.  None: no weight matrix."""
-    if isinstance(module, NO_MATRIX):
+    """Products summed into one output: N_in, or C_in/groups times the kernel.  None: no weight matrix that is known."""
+    if not isinstance(module, MATRIX):
         return None
     weight = module._parameters.get("weight")
     if weight is None:  # computed from others: their largest has its shape

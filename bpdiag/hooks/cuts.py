@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bpdiag.hooks.call import Call, leaves
 
+LOST = "called, and no gradient came back: nothing that the loss depends on was computed from it"
 CUT = "cut off: called, and no gradient came back; above it reads what has no graph: "
 UNGRADED = "cut off: called without gradient only; above it reads what has no graph: "
 
@@ -57,16 +58,17 @@ class Cuts:
                         self._unread.setdefault(parent.module, parent.name)
 
     def found(self, trained: Iterable[nn.Parameter]) -> list[dict[str, str]]:
-        """The layers that a cut leaves without gradient though an optimizer has their parameters; where it is."""
+        """The layers without gradient though an optimizer has their parameters; where the cut is, if that is seen."""
         owned = set(trained)
         ends = sorted((self._order[m], name) for m, name in self._orphans.items() if m in self._reached)
         found = []
         for module, name in self._unread.items():
             asked = [p for p in module.parameters() if p.requires_grad and p in owned]
             above = next((end for order, end in ends if order > self._order[module]), None)
-            if asked and above is not None and module not in self._reached and all(p.grad is None for p in asked):
-                why = UNGRADED if module in self._ungraded else CUT
-                found.append((self._order[module], {"what": "module", "name": name, "reason": f"{why}{above}"}))
+            if asked and module not in self._reached and all(p.grad is None for p in asked):
+                cut = UNGRADED if module in self._ungraded else CUT
+                reason = LOST if above is None else f"{cut}{above}"
+                found.append((self._order[module], {"what": "module", "name": name, "reason": reason}))
         return [line for _, line in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bpdiag.hooks.call import Call
+from bpdiag.hooks.graph import Place
 
 MOST_NODES = 64  # between the output and the loss; and between the last layer and the output
 MOST_LOSSES = 16  # told in one run, each with a path of its own
@@ -21,7 +22,6 @@ CARRIED = frozenset((
     "Unsqueeze", "UnsafeView", "View",
 ))  # fmt: skip
 
-Place = tuple[Any, int]  # a tensor of the graph: the node that made it, and which of its outputs it is
 Step = dict[str, Any]
 
 

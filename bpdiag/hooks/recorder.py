@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from bpdiag.hooks.between import change_numbers, names, operation
 from bpdiag.hooks.call import Call, Facts, is_leaf, kept_by, leaves, rule_of, rule_that_made, weight_of
 from bpdiag.hooks.cuts import Cuts
 from bpdiag.hooks.gains import derive
-from bpdiag.hooks.graph import Graph, View, Walk, is_checkpoint, on_gradient, where_gradients_come
+from bpdiag.hooks.graph import Graph, Place, View, Walk, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.hook import Hook, what_hooks_stand_on
 from bpdiag.hooks.loss import LossPaths
 from bpdiag.hooks.pace import Pace
@@ -34,6 +35,8 @@ from bpdiag.hooks.turns import Turns
 from bpdiag.hooks.unseen import Overlooked, foreign_parameters, named_modules, refuse, unseen
 from bpdiag.hooks.weights import Weights
 from bpdiag.trace import COLUMNS, Sample, Sink
+
+MOST_OUTPUTS = 4  # passes that one loss may be of; each holds its graph until the step ends
 
 
 class Recorder:
@@ -65,7 +68,6 @@ class Recorder:
         self._standing: list[Any] = []  # what they were put on
         self._step_handles: list[Any] = []  # on tensors that outlive the step
         self._losses: list[tuple[int, Tensor | float]] = []
-        self._owners: dict[nn.Parameter, torch.optim.Optimizer] = {}
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
         self._shelf, self._slopes, self._weights = Shelf(), Slopes(), Weights(self._clock)
         self._symmetry, self._cuts, self._paths = Symmetry(), Cuts(), LossPaths()
@@ -86,7 +88,6 @@ class Recorder:
                 self._clock.start()
             elif self.optimizers:
                 self._always += [one.register_step_post_hook(self._after_step) for one in self.optimizers]
-            self._owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
             self._arm_if_due()
         except RuntimeError as error:  # a scripted module takes no hooks
             self.stop()
@@ -109,7 +110,7 @@ class Recorder:
 
     def unseen(self) -> list[dict[str, str]]:
         """Modules and parameters that no sampled step told anything of, each with its reason."""
-        cuts = self._cuts.found(self._owners)
+        cuts = self._cuts.found(_owned(self.optimizers))
         return cuts + unseen(self.model, self.optimizers, self._table.names(), self._overlooked)
 
     def add_loss(self, loss: Tensor | float) -> None:
@@ -120,7 +121,7 @@ class Recorder:
             self._scales.await_gradient(loss, self._passes.number)
             self._target |= describe_target(loss)
         if self._outputs and isinstance(loss, Tensor) and loss.grad_fn is not None:
-            self._paths.examine(loss, self._outputs)
+            self._paths.examine(loss, {place: calls for one in self._outputs for place, calls in one.items()})
 
     @property
     def loss_path(self) -> list[dict[str, Any]]:
@@ -205,7 +206,7 @@ class Recorder:
         self._graph = Graph(self._shelf)
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
-        self._outputs: dict[tuple[Any, int], dict[tuple[Any, int], Call]] = {}  # of the model -> calls of that pass
+        self._outputs: deque[dict[Place, dict[Place, Call]]] = deque(maxlen=MOST_OUTPUTS)  # of each pass, and its calls
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._scales, self._target = Scales(), dict[str, Any]()
@@ -235,8 +236,7 @@ class Recorder:
             walk = self._walk(outs, self._passes.number, self._passes.order + 1)
             self._given |= walk.parents
             self._given_through |= walk.through
-            places = [(t.grad_fn, t.output_nr) for t in outs]
-            self._outputs |= dict.fromkeys(places, self._graph.made_by)
+            self._outputs.append({(t.grad_fn, t.output_nr): self._graph.made_by for t in outs})
             self._graph.read(walk, None)
             self._graph.measure_forks()
 
@@ -263,28 +263,27 @@ class Recorder:
         # of one that works in place, or has modules in it, the last operation is known to be its own
         ends = inputs if facts.childless and not in_place else {edge for node in tops for edge in node.next_functions}
         walk = self._walk(outs, place.number, place.order, within, ends)
+        x = _first_input(args, kwargs)
+        facts.meet(x, out)
         call = Call(
             facts,
-            place.call,
-            place.number,
-            tuple(out.shape),
-            out.requires_grad,
-            tuple(walk.parents),
-            (place.order, 0),
-            within,
-            walk.given_up,
-            tuple(walk.through),
-            str(out.dtype).removeprefix("torch."),
-            tuple(walk.ops),
-            dict.fromkeys(walk.parents, names(walk.between, in_place)) if facts.childless else {},
-            len(inputs),
+            number=place.call,
+            backward=place.number,
+            shape=tuple(out.shape),
+            in_graph=out.requires_grad,
+            parents=tuple(walk.parents),
+            order=(place.order, 0),
+            within=within,
+            given_up=walk.given_up,
+            through=tuple(walk.through),
+            dtype=str(out.dtype).removeprefix("torch."),
+            ops=tuple(walk.ops),
+            gap=dict.fromkeys(walk.parents, names(walk.between, in_place)) if facts.childless else {},
+            inputs=len(inputs),
         )
         self._graph.read(walk, call)
         self._calls.append(call)
         held = self._measure(call, call.tensor, out)
-        x = args[0] if args else None
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            x = next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
         if call.rule:
             saved = out if call.rule.saves == "output" else self._overwritten.pop(module, x)
             if saved is not None:
@@ -417,7 +416,8 @@ class Recorder:
         """Copy what this optimizer is about to change."""
         self._stepped.add(optimizer)
         if self._handles:
-            self._copy([p for p in self._watched_weights() if self._owners.get(p) is optimizer])
+            its = _owned([optimizer])
+            self._copy([p for p in self._watched_weights() if p in its])
             self._note_gradients()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -435,7 +435,8 @@ class Recorder:
     def _finish(self, no_update: str = "") -> None:
         """Reduce the updates, read all numbers of the step at once, derive the step-to-step ones, send the sample."""
         if self.optimizers:  # what none of them owns, or one that has not stepped
-            self._copy([p for p in self._watched_weights() if self._owners.get(p) not in self._stepped])
+            changed = _owned(self._stepped)
+            self._copy([p for p in self._watched_weights() if p not in changed])
         self._note_gradients()
         self._calls.sort(key=lambda call: (call.backward, call.order))
         self._keep_trained_passes()
@@ -539,3 +540,15 @@ class Recorder:
         means = [(step, sum(losses) / len(losses)) for step, losses in of_step.items()]
         self.last_loss = means[-1][1] if means else self.last_loss
         return means
+
+
+def _first_input(args: Any, kwargs: Any) -> Tensor | None:
+    """The first that holds numbers to compute with."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        return args[0]
+    return next((t for t in leaves((*args, *kwargs.values())) if t.is_floating_point()), None)
+
+
+def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> set[nn.Parameter]:
+    """Their parameters, as they are now: a group may have been added."""
+    return {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -92,10 +92,19 @@ class Weights:
         return self._known[p]
 
     def met_by_backward(self, one: _Weight, g: Tensor) -> None:
-        """A backward is about to add to a weight's gradient: the first of a step should find none."""
-        if one.stale is None:
-            before = one.p.grad
-            one.stale = 0.0 if before is None else statistics.norm(before)
+        """A backward is about to add to a weight's gradient: the first of a step should find none.
+
+        A later one that finds less has met a gradient cleared since, as a critic's is after the other's turn.
+        """
+        before = one.p.grad
+        if one.met is not None or one.stale == 0.0:
+            return
+        if before is None:
+            one.stale = 0.0
+        elif one.stale is None:
+            one.stale = statistics.norm(before)
+        else:
+            one.stale = torch.minimum(torch.as_tensor(one.stale), statistics.norm(before))
 
     def left_by_backward(self, one: _Weight, p: nn.Parameter) -> None:
         """A backward has added to a weight's gradient; not what another's loss adds when it has been used."""

@@ -1,0 +1,384 @@
+"""Which of many changes mends a training: one step for all, more for the better, three seeds for the best.
+
+Successive halving.  After its first step a change is dropped at which the harm is found still.  The others train for
+S/16 steps, the better quarter of all for S/4, and the best of them for all S; who passes there is trained on two more
+seeds.  Where no change is on its way after S/4 steps, those that let the gradient through are tried again, each with
+each change of the pace.
+
+Source:
+    Jamieson & Talwalkar 2016 (successive halving); the thresholds are ours, each with its reason below.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from bpdiag.remedy.candidate import Candidate, is_pace, pairs
+from bpdiag.remedy.trial import Outcome, OutOfTimeError, Training, measure
+
+# A loss halved at equal steps: of guessing among ten classes (2.30) that is 1.15, at which MNIST nets of any kind are
+# right on about two digits of three: no longer a matter of seed or batch.
+HALVED = 0.5
+# A tenth lower: the mean over the last tenth of the steps, batches of 64, strays by 2 to 3 % of itself.
+LOWER = 0.9
+APART = 0.1  # share of right answers: seeds further apart are no promise
+SAME_LOSS = 1.25  # a loss within a quarter of the best is as good, and the gentler change is taken
+LEAST_STEPS = 50  # in fewer not even a healthy net halves its loss
+FIRST_SHARE, SECOND_SHARE = 16, 4  # of S: steps of the first and of the second round
+FEWEST_STEPS = 10  # of the first round
+KEPT = 4  # one of so many goes on
+FINALISTS = 3
+PAIRED = 4  # changes of what flows that are paired
+
+Start = Callable[[Candidate | None, int], Training]  # (change, seed); None: as it is
+Progress = Callable[[float, float, str], None]  # (seconds passed, seconds allowed, what is tried)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that was tried, and what came of it, at equal steps: of several seeds the worst of each number."""
+
+    name: str
+    change: str  # overrides in a line, or Python to paste
+    overrides: list[str]  # empty for a model of yours
+    before: dict[str, float]  # decades, loss, accuracy
+    after: dict[str, float]
+    seeds: list[int]
+    steps: int
+    verdict: str  # works, helps, does_not
+    recommended: bool = False
+
+
+@dataclass
+class Cure:
+    """What was tried for a training that does not learn, the recommended remedy first, if one was seen to work."""
+
+    remedies: list[Remedy] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    steps: int = 0  # of a whole trial
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def recommended(self) -> Remedy | None:
+        """The one to take; None where nothing was seen to work on all its seeds."""
+        return next((remedy for remedy in self.remedies if remedy.recommended), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As findings.json has it: an accuracy that was not measured, as of a trial that was cut short, is null."""
+        rows = [asdict(remedy) for remedy in self.remedies]
+        for numbers in (row[when] for row in rows for when in ("before", "after")):
+            numbers["accuracy"] = None if math.isnan(numbers["accuracy"]) else numbers["accuracy"]
+        return {"remedies": rows, "remedy_notes": self.notes}
+
+    def __str__(self) -> str:
+        from bpdiag import terminal
+
+        out = terminal.console()
+        with out.capture() as told:
+            terminal.cure(self, out)
+        return told.get()
+
+
+def reference(before: Outcome, after: Outcome, guess: float) -> float:
+    """The loss that a remedy is held against: the training's as it is, at equal steps, and no more than guessing costs.
+
+    Where the training as it is has none that is finite, what its first step lost, else what the remedy's own did.
+    """
+    known = [x for x in (before.loss, guess) if math.isfinite(x)]
+    known = known or [x for x in (before.first_loss, after.first_loss) if math.isfinite(x)]
+    return min(known, default=math.nan)
+
+
+def mends(before: Outcome, after: Outcome, guess: float) -> bool:
+    """At equal steps the loss is half of what it was or less, and none of the harm that was found is found again."""
+    halved = after.loss <= HALVED * reference(before, after, guess)
+    return halved and not set(after.harms) & {*before.harms, "non_finite"}
+
+
+def agree(outcomes: Sequence[Outcome]) -> bool:
+    """The seeds reach the same: accuracies within 0.1; without any, losses within a factor 2."""
+    right = [o.accuracy for o in outcomes]
+    if all(map(math.isfinite, right)):
+        return max(right) - min(right) <= APART
+    return max(o.loss for o in outcomes) <= 2 * min(o.loss for o in outcomes)
+
+
+def judge(before: Outcome, outcomes: Sequence[Outcome], guess: float, seeds: int) -> str:
+    """One of:
+
+    * works: on all the seeds it ``mends`` and they ``agree``;
+    * helps: on every seed tried the loss is lower by a tenth or more at equal steps;
+    * does_not: anything else.
+    """
+    if len(outcomes) == seeds and all(mends(before, o, guess) for o in outcomes) and agree(outcomes):
+        return "works"
+    return "helps" if all(o.loss <= LOWER * reference(before, o, guess) for o in outcomes) else "does_not"
+
+
+def rounds(steps: int) -> list[int]:
+    """Steps of each round.
+
+    Example:
+        >>> rounds(200), rounds(50)
+        ([1, 12, 50, 200], [1, 10, 12, 50])
+    """
+    return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), max(steps // SECOND_SHARE, FEWEST_STEPS), steps})
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Under which remedies are tried."""
+
+    steps: int  # of a whole trial
+    seeds: Sequence[int]
+    seconds: float  # for all
+    planned: int  # steps of the training, over which harm is judged
+    guess: float = math.nan  # the loss of guessing, where it is known
+    work: float = math.inf  # seconds of the processor for all
+    resume: bool = True  # trials stay in memory between the rounds; else each begins anew
+
+
+class Search:
+    """The trials of one training: what came of each, by candidate."""
+
+    def __init__(
+        self,
+        start: Start,
+        candidates: Sequence[Candidate],
+        terms: Terms,
+        progress: Progress | None = None,
+        before: Callable[[int], Outcome] | None = None,
+    ) -> None:
+        """``before``: what the training as it is came to after so many steps, where that is known; else it is tried."""
+        self.start, self.candidates, self.terms, self.progress = start, list(candidates), terms, progress
+        self.steps, self.seeds, self.seconds, self.guess = terms.steps, list(terms.seeds), terms.seconds, terms.guess
+        self.running: dict[str, Training] = {}  # that may go on where they stopped
+        self.begun, self.worked = time.perf_counter(), time.process_time()
+        self.paces: list[float] = []  # seconds a step, of each trial so far
+        self.asides: list[float] = []  # seconds a trial takes beside its steps
+        self.before = {n: before(n) for n in rounds(self.steps)} if before else {}
+        self.came: dict[str, list[Outcome]] = {}  # name -> of the most steps, by seed
+        self.tried: dict[str, Candidate] = {}
+        self.notes: list[str] = []
+        self.winner: Candidate | None = None
+        self.interrupted = False
+
+    def run(self) -> Cure:
+        """Search while there is time; an interrupt ends it, and what there is is kept."""
+        try:
+            self._search()
+        except OutOfTimeError:
+            allowed = min(self.seconds, self.terms.work)
+            why = "" if allowed == self.seconds else ", as the run took; bpdiag diagnose RUN --cure allows more"
+            self.notes.append(f"no time left: {allowed:.2g} s were there for trying remedies{why}")
+        except KeyboardInterrupt:
+            self.notes.append("interrupted: this is what had been tried")
+            self.interrupted = True
+        return self._told()
+
+    def first_of_all(self) -> Candidate | None:
+        """The first candidate, then the first pair, that works: each for all steps.  Takes as long as it takes."""
+        before = self.before[self.steps] = self._try(None, self.seeds[0], self.steps)
+        flow, pace = self._parted()
+        for arm in (*self.candidates, *pairs(flow, pace)):
+            came = self.came[arm.name] = []
+            for seed in self.seeds:
+                came.append(self._try(arm, seed, self.steps))
+                if not mends(before, came[-1], self.guess):
+                    break
+            if judge(before, came, self.guess, len(self.seeds)) == "works":
+                return arm
+        return None
+
+    def left(self) -> float:
+        """Seconds, of the clock or of the processor, whichever are fewer."""
+        worked = self.worked + self.terms.work - time.process_time()
+        return min(self.begun + self.seconds - time.perf_counter(), worked)
+
+    def passed(self) -> float:
+        """Seconds of the clock."""
+        return time.perf_counter() - self.begun
+
+    def _cost(self, steps: int) -> float:
+        """Seconds that a trial of so many steps takes."""
+        return statistics.median(self.asides) + steps * statistics.median(self.paces) if self.paces else 0.0
+
+    def _search(self) -> None:
+        """Single changes; where none is on its way, pairs."""
+        for n in rounds(self.steps):
+            if n not in self.before:
+                self.before[n] = self._try(None, self.seeds[0], n)
+                self._see_whether_it_is_worth_it()
+        if self._halving(self._alive(self.candidates)):
+            return
+        flow, pace = self._parted()
+        nearest = sorted((c for c in flow if c.name in self.came), key=self._flows)[:PAIRED]
+        self._halving([p for one in nearest for p in pairs([one], self._fitting(one, pace))])
+
+    def _fitting(self, arm: Candidate, pace: Sequence[Candidate]) -> list[Candidate]:
+        """Slower where its loss rose or was not finite, faster where it fell, all where it stood still."""
+        share = self.came[arm.name][0].loss / self._reference(arm)
+        away = -1 if share < LOWER else 1 if not share <= 1 / LOWER else 0
+        return [p for p in pace if not away or p.direction != away]
+
+    def _see_whether_it_is_worth_it(self) -> None:
+        """Raise OutOfTimeError where the time allowed is less than one remedy needs."""
+        needed = (1 + len(self.seeds)) * self._cost(self.steps)
+        if needed > self.left():
+            self.notes.append(f"{1 + len(self.seeds)} trainings of {self.steps} steps would take about {needed:.3g} s")
+            raise OutOfTimeError
+
+    def _parted(self) -> tuple[list[Candidate], list[Candidate]]:
+        """Changes of what flows, changes of the pace."""
+        return [c for c in self.candidates if not is_pace(c)], [c for c in self.candidates if is_pace(c)]
+
+    def _alive(self, arms: Sequence[Candidate]) -> list[Candidate]:
+        """Those at whose first step the harm is gone; a few of the nearest at least."""
+        for arm in arms:
+            self._first(arm, 1)
+        harms = set(self.before[1].harms)
+        healthy = [a for a in arms if not harms & set(self.came[a.name][0].harms)]
+        others = sorted((a for a in arms if a not in healthy), key=self._flows)
+        return healthy + others[: max(FINALISTS - len(healthy), 0)]
+
+    def _halving(self, arms: Sequence[Candidate]) -> bool:
+        """Whether one of them was seen to work."""
+        first, second = rounds(self.steps)[1], rounds(self.steps)[-2]
+        spare = self.left() - len(self.seeds) * self._cost(self.steps) - FINALISTS * self._cost(second)
+        arms = list(arms)[: max(int(spare / max(self._cost(first), 1e-9)), 0)]
+        if not arms:
+            raise OutOfTimeError
+        for arm in arms:
+            self._first(arm, first)
+        arms = sorted(arms, key=self._rank)[: max(math.ceil(len(self.candidates) / KEPT), FINALISTS)]
+        self._keep(arms)
+        for arm in arms:
+            self._first(arm, second)
+        on_course = [a for a in arms if self.came[a.name][0].loss <= LOWER * self._reference(a)]
+        self._keep(on_course)
+        for _ in range(FINALISTS):
+            if not on_course:
+                break
+            arm = self._gentlest(on_course)
+            on_course.remove(arm)
+            if self._confirm(arm):
+                return True
+        return False
+
+    def _confirm(self, arm: Candidate) -> bool:
+        """Train it on one seed after the other, for all steps, until it does not mend."""
+        before = self.before[self.steps]
+        for seed in self.seeds:
+            came = self._try(arm, seed, self.steps)
+            self.came[arm.name] = [came] if seed == self.seeds[0] else [*self.came[arm.name], came]
+            if not mends(before, came, self.guess):
+                return False
+        if judge(before, self.came[arm.name], self.guess, len(self.seeds)) != "works":
+            return False
+        self.winner = arm
+        return True
+
+    def _gentlest(self, arms: Sequence[Candidate]) -> Candidate:
+        """The gentlest of those that are as good as the best."""
+        lost = {a.name: self.came[a.name][0].loss for a in arms}
+        equal = [a for a in arms if lost[a.name] <= SAME_LOSS * min(lost.values())]
+        return min(equal, key=lambda a: (a.weight, lost[a.name]))
+
+    def _keep(self, arms: Sequence[Candidate]) -> None:
+        """Let go of all other trainings."""
+        keys = {f"{self.seeds[0]} {arm.name}" for arm in arms}
+        self.running = {key: training for key, training in self.running.items() if key in keys}
+
+    def _first(self, arm: Candidate, steps: int) -> None:
+        self.came[arm.name] = [self._try(arm, self.seeds[0], steps)]
+
+    def _try(self, arm: Candidate | None, seed: int, steps: int) -> Outcome:
+        if self.progress:
+            name = arm.name if arm else "as it is"
+            self.progress(self.passed(), min(self.seconds, self.terms.work), name)
+        came = self._outcome(arm, seed, steps)
+        if came.step_seconds:
+            self.paces.append(came.step_seconds)
+            self.asides.append(max(came.seconds - came.made * came.step_seconds, 0.0))
+        if arm is not None:
+            self.tried[arm.name] = arm
+            if came.error and (told := f"{arm.name} could not be tried: {came.error}") not in self.notes:
+                self.notes.append(told)
+        return came
+
+    def _outcome(self, arm: Candidate | None, seed: int, steps: int) -> Outcome:
+        """A trial, going on where it stopped; one that a change makes impossible comes to nothing, and says why."""
+        key = f"{seed} {arm.name if arm else ''}"
+        begun = time.process_time()
+        try:
+            training = self.running.pop(key, None) or self.start(arm, seed)
+            came = measure(training, steps, self.terms.planned, self.left, whole=steps == self.steps)
+        except OutOfTimeError:
+            raise
+        except Exception as error:  # whatever a changed model of somebody else's may raise
+            if arm is None:
+                raise
+            return Outcome(steps, error=f"{type(error).__name__}: {error}".splitlines()[0])
+        if self.terms.resume and steps < self.steps:
+            self.running[key] = training
+        return replace(came, seconds=time.process_time() - begun)
+
+    def _reference(self, arm: Candidate) -> float:
+        came = self.came[arm.name][0]
+        return reference(self.before[came.steps], came, self.guess)
+
+    def _rank(self, arm: Candidate) -> tuple[bool, float, int]:
+        """Finite first, then by loss, then by gentleness."""
+        came = self.came[arm.name][0]
+        return not math.isfinite(came.loss), came.loss if math.isfinite(came.loss) else 0.0, arm.weight
+
+    def _flows(self, arm: Candidate) -> tuple[float, int]:
+        """How far the gradient at its first layer is from that at the output, in decades."""
+        decades = abs(self.came[arm.name][0].decades)
+        return (decades if math.isfinite(decades) else math.inf), arm.weight
+
+    def _told(self) -> Cure:
+        rows = [self._row(name) for name in self.came]
+        order = {"works": 0, "helps": 1, "does_not": 2}
+        rows.sort(key=lambda r: (not r.recommended, order[r.verdict], -r.steps, _or_inf(r.after["loss"])))
+        return Cure(rows, self.notes, self.steps, round(self.passed(), 3), self.interrupted)
+
+    def _row(self, name: str) -> Remedy:
+        arm, outcomes = self.tried[name], self.came[name]
+        before = self.before[outcomes[0].steps]
+        return Remedy(
+            name=name,
+            change=arm.change,
+            overrides=arm.overrides,
+            before=numbers([before]),
+            after=numbers(outcomes),
+            seeds=self.seeds[: len(outcomes)],
+            steps=outcomes[0].steps,
+            verdict=judge(before, outcomes, self.guess, len(self.seeds)),
+            recommended=arm is self.winner,
+        )
+
+
+def numbers(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The worst of each number: what one may rely on.
+
+    Example:
+        >>> numbers([Outcome(9, loss=0.5, decades=-1.0, accuracy=0.75), Outcome(9, 0.25, decades=0.5, accuracy=0.5)])
+        {'decades': -1.0, 'loss': 0.5, 'accuracy': 0.5}
+    """
+    lost = [o.loss for o in outcomes]
+    return {
+        "decades": max((o.decades for o in outcomes), key=lambda d: math.inf if math.isnan(d) else abs(d)),
+        "loss": max(lost) if all(map(math.isfinite, lost)) else math.nan,
+        "accuracy": min(o.accuracy for o in outcomes),
+    }
+
+
+def _or_inf(x: float) -> float:
+    return x if math.isfinite(x) else math.inf
