@@ -216,9 +216,10 @@ class Watch:
         if not isinstance(loss, Tensor | float | int):
             raise UsageError(f"watch.loss takes the loss, a tensor or a number; got {type(loss).__name__}")
         self._running().add_loss(loss)
-        if isinstance(loss, Tensor) and loss.grad_fn is not None and "loss" not in self._writer.meta:
-            self._writer.meta["loss"] = hooks.kind_of_loss(loss)
-            self._writer.meta["loss_path"] = self._running().loss_path(loss)
+        if isinstance(loss, Tensor) and loss.grad_fn is not None:
+            if "loss" not in self._writer.meta:
+                self._writer.meta["loss"] = hooks.kind_of_loss(loss)
+            self._writer.meta["loss_path"] = self._running().loss_path
         return loss
 
     def step(self) -> None:

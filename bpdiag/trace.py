@@ -77,6 +77,8 @@ COLUMNS: dict[str, str] = {
 TARGET = {
     "target_rms": "rms of a target of numbers",
     "target_spread": "their standard deviation",
+    "target_lowest": "the least of them",
+    "target_highest": "the greatest",
     "target_class": "the most frequent class of a batch",
     "target_class_share": "its share of the batch",
 }

@@ -347,7 +347,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_fault_is_named_and_its_twin_is_silent(name):
-    case = CASES[name]
+    is_named_and_its_twin_is_silent(CASES[name])
+
+
+def is_named_and_its_twin_is_silent(case):
     kind, cause = case.found
     found = findings(case.sick, case.steps)
     assert [f.kind for f in found] == [kind], found
@@ -375,6 +378,45 @@ def batches_in(order):
 def test_classes_that_come_one_after_the_other():
     assert batches_in(torch.arange(320)) == [("data_order", "harm")]
     assert batches_in(torch.randperm(320, generator=torch.Generator().manual_seed(0))) == []
+
+
+def frozen(layers):
+    """All but the last bias, or less."""
+    model = mlp()
+    for i in layers:
+        model[i].weight.requires_grad_(False)
+    for i in layers[:2]:
+        model[i].bias.requires_grad_(False)
+    return model
+
+
+def trained(model, lr=0.05):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+
+
+def test_all_weights_frozen():
+    (found,) = findings(fit(lambda: frozen([0, 2, 4]), optimizer=trained), 40)
+    assert (found.kind, found.severity, found.cause) == ("disconnected", "warning", "frozen: no weight may change")
+    assert found.layers == ("0#0", "2#0", "4#0")
+    assert findings(fit(lambda: frozen([0, 2]), optimizer=lambda m: trained(m, 0.5)), 40) == []
+
+
+def test_biases_trained_alone_that_learn():
+    offset = nn.Parameter(torch.full((5,), 3.0))
+    model = frozen([0, 2, 4])
+    model[4].bias = offset
+    assert findings(fit(lambda: model, lambda out: out.mean(0).square().mean(), lambda m: trained(m, 0.5)), 40) == []
+
+
+def test_a_head_trained_on_features():
+    """Under no_grad on purpose it learns; a detach that is in the way is harm, whatever the head can do alone."""
+
+    def found(way, grad):
+        told = findings(fit(lambda: Way(way, grad), optimizer=lambda m: sgd(m, 0.5)), 60)
+        return [(f.kind, f.severity) for f in told]
+
+    assert found(Tensor.clone, False) == [("disconnected", "warning")]
+    assert found(Tensor.detach, True) == [("disconnected", "harm")]
 
 
 # ---- what looks so and is none ----------------------------------------------------------------------------

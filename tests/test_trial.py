@@ -44,6 +44,20 @@ def test_the_optimizer_given_is_the_one_judged():
         bpdiag.assert_healthy(nn.Sequential(mlp(), nn.Linear(3, 3)), BATCH, F.cross_entropy, replaced(model))
 
 
+def rate(model, lr, kind=torch.optim.SGD):
+    return kind(model.parameters(), lr)
+
+
+def test_a_rate_too_small_for_any_training():
+    model = mlp()
+    with pytest.raises(AssertionError, match="Nothing moves: over 100,000 steps"):
+        bpdiag.assert_healthy(model, BATCH, F.cross_entropy, rate(model, 3e-8))
+    with pytest.raises(AssertionError, match="Nothing moves: over 100,000 steps"):
+        bpdiag.assert_healthy(model, BATCH, F.cross_entropy, rate(model, 1e-8, torch.optim.Adam))
+    bpdiag.assert_healthy(model, BATCH, F.cross_entropy, rate(model, 1e-4))  # slow: not for so long
+    bpdiag.assert_healthy(model, BATCH, F.cross_entropy, rate(model, 1e-6, torch.optim.Adam))
+
+
 def replaced(model):
     return torch.optim.SGD(model.parameters(), 0.1)
 
@@ -75,3 +89,41 @@ def test_what_cannot_be_tried_is_refused():
     model.cache = model(BATCH[0])  # a tensor of a graph takes no copy
     with pytest.raises(UsageError, match="Sequential cannot be copied: Only Tensors created explicitly"):
         bpdiag.assert_healthy(model, BATCH, F.cross_entropy)
+    x = (BATCH[0].requires_grad_() * 1, BATCH[1])
+    BATCH[0].requires_grad_(False)
+    with pytest.raises(UsageError, match="batch: it cannot be copied: Only Tensors created explicitly"):
+        bpdiag.assert_healthy(mlp(), x, F.cross_entropy)
+    for optimizer in (None, rate(model := mlp(), 0.1)):
+        with pytest.raises(UsageError, match="nothing to train: all 6 parameters are frozen"):
+            bpdiag.assert_healthy(model.requires_grad_(False), BATCH, F.cross_entropy, optimizer)
+    with pytest.raises(UsageError, match="nothing to train: it has no parameters"):
+        bpdiag.assert_healthy(nn.ReLU(), BATCH, F.cross_entropy)
+
+
+class Dictionary(nn.ModuleDict):
+    """A model that can be asked for its parts by name, and answers with a dict."""
+
+    def __init__(self):
+        super().__init__({"net": mlp()})
+
+    def forward(self, x):
+        return {"logits": self["net"](x)}
+
+
+def test_a_loss_of_outputs_by_name_is_no_loss_of_the_models_parts():
+    bpdiag.assert_healthy(Dictionary(), BATCH, lambda out, y: F.cross_entropy(out["logits"], y))
+    with pytest.raises(UsageError, match=r"either way: as loss.* KeyError: 'logit', as loss.* KeyError: 'logit'"):
+        bpdiag.assert_healthy(Dictionary(), BATCH, lambda out, y: F.cross_entropy(out["logit"], y))
+
+
+def test_what_goes_wrong_in_a_loss_is_told():
+    with pytest.raises(TypeError, match="unsupported operand"):  # its own error, not that of another way to call it
+        bpdiag.assert_healthy(mlp(), BATCH, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) + "1")
+    with pytest.raises(
+        UsageError, match=r"either way: as loss.model, batch. TypeError: tuple indices must be integers"
+    ):
+        bpdiag.assert_healthy(mlp(), BATCH, lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]))
+    with pytest.raises(UsageError, match="one number that has a gradient; got a float"):
+        bpdiag.assert_healthy(mlp(), BATCH, lambda model, batch: model(batch[0]).sum().item())
+    with pytest.raises(UsageError, match=r"one number .*got a tensor of shape \(32, 3\) with a gradient"):
+        bpdiag.assert_healthy(mlp(), BATCH, lambda out, y: out)

@@ -131,7 +131,8 @@ def noted(trace: Trace, **meta) -> Trace:
 
 def path(*ops: str) -> list[dict]:
     """Operations from an output of ten classes to a loss."""
-    return [{"op": "Output", "shape": [B, K]}, *({"op": op, "shape": [B, K]} for op in ops)]
+    head = {"op": "Addmm", "shape": [B, K], "layer": "z5#0"}
+    return [{"op": "Output", "shape": [B, K], "made": [head]}, *({"op": op, "shape": [B, K]} for op in ops)]
 
 
 def stale(share: float) -> Callable[[int, str, dict], None]:
@@ -209,6 +210,10 @@ def data(rms: float) -> Callable[[int, str, dict], None]:
 
 def numbers(rms: float) -> Callable[[int], dict[str, float]]:
     return lambda step: {"target_rms": rms, "target_spread": rms / 10}
+
+
+def between(lowest: float, highest: float) -> Callable[[int], dict[str, float]]:
+    return lambda step: {"target_lowest": lowest, "target_highest": highest}
 
 
 def classes(share: float) -> Callable[[int], dict[str, float]]:

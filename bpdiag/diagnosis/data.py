@@ -14,7 +14,7 @@ from bpdiag.diagnosis.ledger import Profile, rose
 LARGE_INPUT = 10.0  # rms of the data: standardized it is 1, pixels in 0 ... 255 have about 80
 SMALL_INPUT = 0.1  # norm of what a unit of the first layer sums: a one-hot row has 1, pixels in 0 ... 1 have 9
 LARGE_TARGET = 30.0  # times the first outputs, or 1: a standardized target is 1
-PROBABLE = 1.0 + 1e-6  # of a target of binary cross-entropy, rounding aside
+PROBABLE = 1.0 + 1e-6  # of a target of binary cross-entropy, rounding aside; as far below 0
 FEW = 8  # samples a batch, and batches: in fewer one class may prevail by luck
 
 
@@ -102,25 +102,29 @@ def targets(p: Profile) -> Iterator[Finding]:
 
 
 def _out_of_range(p: Profile) -> Iterator[Finding]:
-    """A binary cross-entropy asked for more than 1: some target is, where their rms is."""
+    """A binary cross-entropy asked for more than 1 or less than 0."""
     ops = [step["op"].lower() for step in p.trace.meta.get("loss_path") or []]
-    size = p.trace.told("target_rms")
-    if not any(op.startswith("binarycrossentropy") for op in ops) or not (size > PROBABLE).any():
+    low, high = p.trace.told("target_lowest"), p.trace.told("target_highest")
+    outside = np.isfinite(low) & np.isfinite(high) & ((high > PROBABLE) | (low < 1 - PROBABLE))
+    if not any(op.startswith("binarycrossentropy") for op in ops) or not outside.any():
         return
-    most = float(size[np.isfinite(size)].max())
+    least, most = float(low[outside].min()), float(high[outside].max())
+    signs = least == -1 and most == 1
     yield Finding(
         kind="targets",
         severity="harm",
         layers=p.names([len(p.lines) - 1]),
-        onset_step=int(p.steps[size > PROBABLE][0]),
+        onset_step=int(p.steps[outside][0]),
         cause="target out of range: no probability",
-        evidence={"target_rms": most, "loss": float(p.losses[-1])},
+        evidence={"target_lowest": least, "target_highest": most, "loss": float(p.losses[-1])},
         confidence=1.0,
-        remedy="give binary cross-entropy targets from 0 to 1 (masks of 0 and 255: divide by 255)",
-        expected=f"rms of the targets from {most:.3g} to 1 or less",
+        remedy="give binary cross-entropy targets from 0 to 1 "
+        + ("(labels of -1 and 1: (y + 1) / 2)" if signs else "(masks of 0 and 255: divide by 255)"),
+        expected=f"targets from {least:.3g} ... {most:.3g} to 0 ... 1",
         source="structure: binary cross-entropy is bounded below for targets from 0 to 1 alone",
-        sentence=f"The targets are no probabilities: their rms is {most:.3g}, and binary cross-entropy takes 0 to 1.",
-        why="For a target above 1 the loss falls without end as the output grows.",
+        sentence=f"The targets are no probabilities: they go from {least:.3g} to {most:.3g}, and binary cross-entropy "
+        "takes 0 to 1.",
+        why="For a target above 1 the loss falls without end as the output grows, for one below 0 as it falls.",
     )
 
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from bpdiag.diagnosis.finding import Finding
 from bpdiag.diagnosis.ledger import Profile
-from bpdiag.trace import Layer
+from bpdiag.diagnosis.losspath import Operation, operations
+from bpdiag.trace import Trace
 
-# operations that move numbers about and change none
-SHAPES = (
-    "alias", "clone", "contiguous", "flatten", "permute", "reshapealias", "select", "slice", "squeeze", "t", "tocopy",
-    "transpose", "unsafeview", "unsqueeze", "view",
-)  # fmt: skip
 SQUASHES = ("sigmoid", "tanh", "hardsigmoid", "hardtanh")  # logits held within a unit or two
 CLIPS = ("relu", "relu6", "hardswish")
 FELL = 2.0  # times its first value, below 0: what a bounded loss cannot do for long
@@ -26,36 +21,41 @@ PAIRED = ("mseloss", "l1loss", "smoothl1loss", "huberloss")  # compare element b
 def loss_interface(p: Profile) -> Iterator[Finding]:
     """The loss asks for one thing and is given another; one finding for each such place.
 
-    From the trace's ``loss_path`` and the activation that the model ends with.  Harm while the loss has not converged:
-    a net may learn in spite of it, slowly or up to a bound.
+    From the trace's ``loss_path``: what the forward pass ends with, and what was done since, of every loss told.  Harm
+    while the loss has not converged: a net may learn in spite of it, slowly or up to a bound.
     """
-    path = _path(p)
-    if _is_turned_round(p, path):
-        yield _finding(
-            p,
-            "the loss is turned round: its negative is minimized",
-            "a minus stands before it, and it falls without end",
-            "Each step makes the answers worse: the loss that was meant rises as fast.",
-            "drop the minus before the loss",
-            "a loss that falls towards 0 and stays above it",
-            len(path),
-        )
-        return
-    for n, step in enumerate(path):
-        told = _misfit(path[:n], step)
-        if told is not None:
-            yield _finding(p, *told, len(path))
+    path = operations(p.trace)
+    for step in path:
+        if _is_turned_round(p, step, path):
+            yield _finding(
+                p,
+                step,
+                "the loss is turned round: its negative is minimized",
+                "a minus stands before it, and it falls without end",
+                "Each step makes the answers worse: the loss that was meant rises as fast.",
+                "drop the minus before the loss",
+                "a loss that falls towards 0 and stays above it",
+                len(path),
+            )
+            return
+    places = set[tuple[str, str | None]]()  # several passes, or losses, may show one fault
+    for step in path:
+        told = _misfit(p.trace, step, path)
+        if told is not None and (told[0], step.end) not in places:
+            places.add((told[0], step.end))
+            yield _finding(p, step, *told, len(path))
 
 
-def _finding(p: Profile, cause: str, sentence: str, why: str, remedy: str, expected: str, operations: int) -> Finding:
-    end = _end(p)
+def _finding(
+    p: Profile, step: Operation, cause: str, sentence: str, why: str, remedy: str, expected: str, count: int
+) -> Finding:
     return Finding(
         kind="loss_interface",
         severity="warning" if p.converged[-1] and p.losses[-1] >= 0 else "harm",
-        layers=(end.key,) if end else (),
+        layers=(step.end,) if step.end else (),
         onset_step=int(p.steps[0]),
         cause=cause,
-        evidence={"loss": float(p.losses[-1]), "operations": float(operations)},
+        evidence={"loss": float(p.losses[-1]), "operations": float(count)},
         confidence=1.0,
         remedy=remedy,
         expected=expected,
@@ -65,48 +65,25 @@ def _finding(p: Profile, cause: str, sentence: str, why: str, remedy: str, expec
     )
 
 
-def _is_turned_round(p: Profile, path: list[dict[str, Any]]) -> bool:
-    """Whether the path ends with one of torch's losses and a minus, and what was told is below 0 and went on falling.
+def _is_turned_round(p: Profile, step: Operation, path: list[Operation]) -> bool:
+    """Whether a path ends with one of torch's losses and a minus, and what was told is below 0 and went on falling.
 
     A critic's loss, or one whose log is taken by hand, has its minus elsewhere.
     """
-    ops = [step["op"] for step in path]
-    ends = ops[-2:] if len(ops) > 1 else []
     losses = p.trace.losses[1]
     losses = losses[np.isfinite(losses)]
-    known = bool(ends) and (ends[0] in PAIRED or ends[0].startswith(("nllloss", "crossentropy", "binarycross")))
     return (
-        known
-        and ends[1] in ("neg", "mul", "div")
+        step.op in ("neg", "mul", "div")
+        and (step.below in PAIRED or step.below.startswith(("nllloss", "crossentropy", "binarycross")))
+        and not any(step in other.reads for other in path)
         and len(losses) > 1
         and bool(losses[0] < 0 and losses.min() < FELL * losses[0])
     )
 
 
-def _end(p: Profile) -> Layer | None:
-    """The one layer that no watched layer reads: the model's last."""
-    read = {parent for layer in p.trace.layers for parent in layer.parents}
-    ends = [layer for i, layer in enumerate(p.trace.layers) if i not in read]
-    return ends[0] if len(ends) == 1 else None
-
-
-def _path(p: Profile) -> list[dict[str, Any]]:
-    """Operations from the last layer up to the loss, named in lower case, those of shape left out."""
-    steps = [{**step, "op": step["op"].lower().replace("_", "")} for step in p.trace.meta.get("loss_path") or []]
-    steps = [step for step in steps if step["op"] not in SHAPES]
-    end = _end(p)
-    if steps and end is not None and (end.activation or end.kind in ("softmax", "logsoftmax")):
-        last = (end.activation or end.kind).replace("_", "")
-        at = next((n + 1 for n, step in enumerate(steps) if step["op"] == "output"), 0)
-        steps.insert(at, {"op": last, "shape": list(end.shape)})
-    return steps
-
-
-def _misfit(before: list[dict[str, Any]], step: dict[str, Any]) -> tuple[str, str, str, str, str] | None:
-    """(cause, sentence, why, remedy, expected) of an operation after those before it; None where it fits."""
-    op, shape = step["op"], step["shape"]
-    below = before[-1]["op"] if before else ""
-    output = next((s["shape"] for s in before if s["op"] == "output"), None)
+def _misfit(trace: Trace, step: Operation, path: list[Operation]) -> tuple[str, str, str, str, str] | None:
+    """(cause, sentence, why, remedy, expected) of an operation after those that it reads; None where it fits."""
+    op, shape, below = step.op, step.shape, step.below
     classes = shape[-1] if shape else 0
     if op == "logsoftmax" and below in ("softmax", *SQUASHES):
         least = math.log(math.e + classes - 1) - 1  # all logits 0 but one of 1
@@ -134,7 +111,7 @@ def _misfit(before: list[dict[str, Any]], step: dict[str, Any]) -> tuple[str, st
             f"give the loss the last layer's output without the {below}",
             "probabilities reach 0 and 1",
         )
-    if op.startswith("nllloss") and not any(s["op"] in ("logsoftmax", "log") for s in before):
+    if op.startswith("nllloss") and not _has_a_log(trace, step):
         return (
             "nll_loss without log_softmax",
             "nll_loss is given numbers that are no log-probabilities",
@@ -142,7 +119,7 @@ def _misfit(before: list[dict[str, Any]], step: dict[str, Any]) -> tuple[str, st
             "use cross_entropy, or log_softmax before nll_loss",
             f"a first loss near ln K = {math.log(classes or 10):.2f}" if classes else "a first loss near ln K",
         )
-    if op in ("softmax", "logsoftmax") and step.get("dim") == 0 and len(shape) > 1 and shape[0] > 1:
+    if op in ("softmax", "logsoftmax") and step.dim == 0 and len(shape) > 1 and shape[0] > 1 and _is_last(step, path):
         return (
             "softmax over the batch",
             f"the {op} runs over the {shape[0]} samples, not over the {shape[1]} classes",
@@ -150,10 +127,10 @@ def _misfit(before: list[dict[str, Any]], step: dict[str, Any]) -> tuple[str, st
             "take it over the dimension of the classes, dim=1",
             "probabilities of one sample sum to 1",
         )
-    if output and _is_broadcast(output, op, shape, below):
+    if _is_broadcast(step, path):
         return (
             "output and target broadcast against each other",
-            f"an output of shape {tuple(output)} is compared as {tuple(shape)}",
+            f"an output of shape {tuple(step.reads[0].shape)} is compared as {tuple(shape)}",
             "Every output is pulled towards every target, which is best done by giving their mean.",
             "give output and target one shape (squeeze or unsqueeze one)",
             "one difference for each element of the output",
@@ -161,9 +138,33 @@ def _misfit(before: list[dict[str, Any]], step: dict[str, Any]) -> tuple[str, st
     return None
 
 
-def _is_broadcast(output: list[int], op: str, shape: list[int], below: str) -> bool:
-    """Whether (B, 1) meets (B,), or an element-wise loss got more elements than the model gave out."""
-    if math.prod(shape) <= math.prod(output):
+def _has_a_log(trace: Trace, step: Operation) -> bool:
+    """Whether a logarithm is taken below an operation, or what lies below is not all known."""
+    ends = {source.layer for source in step.sources() if source.layer}
+    inside = [op.lower().replace("_", "") for layer in trace.layers if layer.key in ends for op in layer.ops]
+    ops = [*inside, *(source.op for source in step.sources())]
+    return any("log" in op or op in ("unknown", "checkpointfunction") for op in ops)
+
+
+def _is_last(step: Operation, path: list[Operation]) -> bool:
+    """Whether what it gives out is the model's output, of samples and classes, or is made after it."""
+    if not step.in_model:
+        return True
+    ends = [source for o in path if o.op == "output" for source in o.reads]
+    return step in ends and len(step.shape) == 2 and step.shape[1] > 1
+
+
+def _is_broadcast(step: Operation, path: list[Operation]) -> bool:
+    """Whether B numbers of the model, (B,) or (B, 1), are compared with a target as (B, B).
+
+    A difference of the outputs among themselves, every pair on purpose, reads two of them.
+    """
+    if step.in_model or len(step.reads) != 1 or step.op not in ("expand", "sub", "rsub"):
         return False
-    square = len(shape) >= 2 and shape[-1] == shape[-2] == output[0] and output[-1] == 1
-    return op in ("expand", "sub", "rsub", *PAIRED) and (square or below in PAIRED)
+    compared = [reader for reader in path if step in reader.reads] if step.op == "expand" else [step]
+    count = math.prod(step.reads[0].shape)
+    return (
+        count > 1
+        and step.shape == [count, count]
+        and any(o.op in (*PAIRED, "sub", "rsub") and len(o.reads) == 1 for o in compared)
+    )

@@ -9,8 +9,8 @@ import numpy as np
 
 from bpdiag.diagnosis.beginning import guessing_loss
 from bpdiag.diagnosis.finding import Finding
-from bpdiag.diagnosis.interface import SHAPES
 from bpdiag.diagnosis.ledger import Profile, rose
+from bpdiag.diagnosis.losspath import SHAPES
 from bpdiag.trace import Trace
 
 GROWN = 2.0  # forward gain a layer; at the critical weights it is 1

@@ -14,6 +14,8 @@ LEFT_OUT = "in no optimizer, so never updated"
 STRANGER = "in an optimizer, in no module of the model"
 NEVER = "no gradient arrived at this weight"  # why a gradient is missing (hooks.weights)
 CUT = "cut off: called, and no gradient came back; above it reads what has no graph: "
+UNGRADED = "cut off: called without gradient only; above it reads what has no graph: "
+FROZEN = "frozen"  # why a gradient is missing, likewise
 
 
 def disconnected(p: Profile) -> Iterator[Finding]:
@@ -33,7 +35,7 @@ def disconnected(p: Profile) -> Iterator[Finding]:
         for reason in (UNOWNED, LEFT_OUT, STRANGER)
     }
     still = bool(len(p.plateau) and p.plateau[-1])
-    yield from _cut(p, [line for line in listed if line["reason"].startswith(CUT)])
+    yield from _cut(p, [line for line in listed if line["reason"].startswith((CUT, UNGRADED))])
     if unowned := by_reason[UNOWNED]:
         yield _finding(
             p,
@@ -56,6 +58,25 @@ def disconnected(p: Profile) -> Iterator[Finding]:
             why if replaced else "What is meant to stay as it is says so with requires_grad_(False).",
             "make the optimizer after the model is complete, from all its parameters",
         )
+
+    if still and not any(by_reason.values()) and (frozen := _frozen(p)):
+        yield _finding(
+            p,
+            "frozen: no weight may change",
+            "warning",
+            frozen,
+            f"Every weight is frozen, of {len(frozen)} layer{'s' * (len(frozen) > 1)}, and the loss stands still.",
+            "requires_grad is False in all of them; what is left to train are biases, or a normalization's factors.",
+            "call requires_grad_(True) on the layers that are meant to learn, before the optimizer is made",
+        )
+
+
+def _frozen(p: Profile) -> list[str]:
+    """The weights of all layers, where none was ever to have a gradient, and an optimizer has something of the net."""
+    owed = [p.trace.layers[i].name for i in p.trace.weight_layers()]
+    asked_not_to = {m.layer for m in p.trace.missing if m.column == "g_W_norm" and m.reason == FROZEN}
+    none = not p.trace.column("g_W_norm")[1].any() and asked_not_to.issuperset(owed)
+    return [f"{name}.weight" for name in dict.fromkeys(owed)] if none and p.trace.meta.get("optimizer") else []
 
 
 def _is_severed(p: Profile) -> bool:
@@ -87,13 +108,16 @@ def _cut(p: Profile, lines: list[dict[str, str]]) -> Iterator[Finding]:
     if not lines:
         return
     names = [line["name"] for line in lines]
-    above = next((layer for layer in p.trace.layers if layer.name == lines[0]["reason"].removeprefix(CUT)), None)
-    title = above.title if above else lines[0]["reason"].removeprefix(CUT)
+    reader = lines[0]["reason"].removeprefix(CUT).removeprefix(UNGRADED)
+    above = next((layer for layer in p.trace.layers if layer.name == reader), None)
+    title = above.title if above else reader
     below = f"{names[0]}" if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    meant = all(line["reason"].startswith(UNGRADED) for line in lines)
+    learns = bool(p.converged[-1] or (p.falling[-1] and not p.plateau[-1]))
     found = _finding(
         p,
         "cut: no gradient passes (detach, no_grad, .data, or a tensor made anew)",
-        "harm",
+        "warning" if meant and learns else "harm",
         names,
         f"The way down is cut below {title}: {below} never receive{'s' * (len(names) == 1)} a gradient.",
         f"What {title} reads has no graph, though {len(names)} layer{'s' * (len(names) > 1)} with parameters in the "

@@ -11,6 +11,7 @@ from bpdiag.hooks.call import Call, leaves
 
 LOST = "called, and no gradient came back: nothing that the loss depends on was computed from it"
 CUT = "cut off: called, and no gradient came back; above it reads what has no graph: "
+UNGRADED = "cut off: called without gradient only; above it reads what has no graph: "
 
 
 class Cuts:
@@ -20,6 +21,7 @@ class Cuts:
         self._entered: set[int] = set()  # storages of the model's input
         self._reached: set[nn.Module] = set()  # a gradient came back to an output of theirs
         self._unread: dict[nn.Module, str] = {}  # called, their output read by no watched layer nor given out
+        self._ungraded: set[nn.Module] = set()  # called inside a forward pass, under no_grad
         self._orphans: dict[nn.Module, str] = {}  # trained, and read neither a watched layer nor the model's input
         self._order: dict[nn.Module, int] = {}  # of the first call
 
@@ -39,6 +41,7 @@ class Cuts:
         """A layer was called inside the forward pass, without gradient."""
         self._order.setdefault(module, len(self._order))
         self._unread.setdefault(module, name)
+        self._ungraded.add(module)
 
     def finish(self, calls: Sequence[Call], given: Collection[Call]) -> None:
         """A sample is complete."""
@@ -63,7 +66,8 @@ class Cuts:
             asked = [p for p in module.parameters() if p.requires_grad and p in owned]
             above = next((end for order, end in ends if order > self._order[module]), None)
             if asked and module not in self._reached and all(p.grad is None for p in asked):
-                reason = LOST if above is None else f"{CUT}{above}"
+                cut = UNGRADED if module in self._ungraded else CUT
+                reason = LOST if above is None else f"{cut}{above}"
                 found.append((self._order[module], {"what": "module", "name": name, "reason": reason}))
         return [line for _, line in sorted(found, key=lambda pair: pair[0])]
 

@@ -21,7 +21,7 @@ from bpdiag.hooks.cuts import Cuts
 from bpdiag.hooks.gains import derive
 from bpdiag.hooks.graph import Graph, Place, View, Walk, is_checkpoint, on_gradient, where_gradients_come
 from bpdiag.hooks.hook import Hook, what_hooks_stand_on
-from bpdiag.hooks.loss import loss_path
+from bpdiag.hooks.loss import LossPaths
 from bpdiag.hooks.pace import Pace
 from bpdiag.hooks.passes import Passes, recomputing
 from bpdiag.hooks.reading import Reading, kept, norm_by_sample
@@ -70,7 +70,7 @@ class Recorder:
         self._losses: list[tuple[int, Tensor | float]] = []
         self._clock = ScalerClock(scaler, self._updated) if scaler is not None else None
         self._shelf, self._slopes, self._weights = Shelf(), Slopes(), Weights(self._clock)
-        self._symmetry, self._cuts = Symmetry(), Cuts()
+        self._symmetry, self._cuts, self._paths = Symmetry(), Cuts(), LossPaths()
         self._stepped: set[torch.optim.Optimizer] = set()  # since the last step ended
         self._skipped: list[int] = []  # steps, until the next sample
         self._turns, self._overlooked = Turns(self.optimizers), Overlooked()
@@ -120,10 +120,13 @@ class Recorder:
         if self._calls and isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1:
             self._scales.await_gradient(loss, self._passes.number)
             self._target |= describe_target(loss)
+        if self._outputs and isinstance(loss, Tensor) and loss.grad_fn is not None:
+            self._paths.examine(loss, {place: calls for one in self._outputs for place, calls in one.items()})
 
-    def loss_path(self, loss: Tensor) -> list[dict[str, Any]]:
-        """What stands between the model's output and ``loss``; empty where that is not known, as between samples."""
-        return loss_path(loss, set().union(*self._outputs)) if self._outputs else []
+    @property
+    def loss_path(self) -> list[dict[str, Any]]:
+        """What stands between the model's output and the losses told so far; empty where that is not known."""
+        return self._paths.steps
 
     def _updated(self) -> None:
         """The scaler ends a step; where no optimizer stepped, it skipped it."""
@@ -203,7 +206,7 @@ class Recorder:
         self._graph = Graph(self._shelf)
         self._given: dict[Call, None] = {}  # calls whose output the model's output was computed from
         self._entered: list[Tensor] = []  # the model's input, where it has a graph of its own
-        self._outputs: deque[set[Place]] = deque(maxlen=MOST_OUTPUTS)  # the model's own, of each pass
+        self._outputs: deque[dict[Place, dict[Place, Call]]] = deque(maxlen=MOST_OUTPUTS)  # of each pass, and its calls
         self._given_through: dict[Any, None] = {}  # checkpoints, likewise
         self._overwritten: dict[nn.Module, Tensor] = {}  # the input of a call that works in place, until it is measured
         self._scales, self._target = Scales(), dict[str, Any]()
@@ -230,10 +233,10 @@ class Recorder:
             outs = [t for t in leaves(output) if t.grad_fn is not None]
             if outs and self._overlooked.foreign is None:
                 self._overlooked.foreign = foreign_parameters(self.model, outs, self._entered)
-            self._outputs.append({(t.grad_fn, t.output_nr) for t in outs})
             walk = self._walk(outs, self._passes.number, self._passes.order + 1)
             self._given |= walk.parents
             self._given_through |= walk.through
+            self._outputs.append({(t.grad_fn, t.output_nr): self._graph.made_by for t in outs})
             self._graph.read(walk, None)
             self._graph.measure_forks()
 

@@ -40,7 +40,7 @@ def describe_target(loss: Tensor) -> dict[str, Any]:
     """What the target of a step's loss looks like, as numbers on its device; empty where it is not known.
 
     Of classes: ``target_class``, the most frequent, and ``target_class_share``, its share of the samples.  Of numbers:
-    ``target_rms`` and ``target_spread``, their rms and standard deviation.
+    ``target_rms`` and ``target_spread``, their rms and standard deviation; ``target_lowest`` and ``target_highest``.
 
     Example:
         >>> import torch
@@ -54,7 +54,13 @@ def describe_target(loss: Tensor) -> dict[str, Any]:
         return {}
     if target.is_floating_point():
         values = target.to(statistics.wide(target.device))
-        return {"target_rms": statistics.rms(values), "target_spread": values.std(correction=0)}
+        lowest, highest = values.aminmax()
+        return {
+            "target_rms": statistics.rms(values),
+            "target_spread": values.std(correction=0),
+            "target_lowest": lowest,
+            "target_highest": highest,
+        }
     labels = target.flatten()
     modal = labels.mode().values
     share = statistics.mean(labels == modal)
