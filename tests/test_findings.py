@@ -29,7 +29,7 @@ def classify(out):
 
 
 def sgd(model, lr=0.05):
-    return torch.optim.SGD(model.parameters(), lr=lr)
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 def adam(model, lr, **options):
@@ -126,6 +126,48 @@ def replaced(when):
         return made
 
     return optimizer
+
+
+class Norms(nn.Module):
+    """Three layers and what keeps the norm of a cotangent, linear or not."""
+
+    def __init__(self, way, wide=1):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(20, 32 * wide), nn.Linear(32, 32 * wide), nn.Linear(32, 5)
+        self.way = way
+
+    def forward(self, x):
+        return self.head(self.way(self.second(self.way(self.first(x)))))
+
+
+PICTURES = F.pad(X, (0, 44)).view(64, 1, 8, 8)
+
+
+def pooled(pool, places):
+    """Convolutions, what is done with their pictures, a head."""
+    last = nn.Linear(8 * places, 5)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), pool, nn.Conv2d(8, 8, 3, padding=1), pool, nn.Flatten(), last)
+
+
+def in_groups(groups):
+    """A convolution of one kernel, in groups: of eight a frozen blur, of two in a net whose weights are all alike."""
+    inner = nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), inner, nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    for p in [inner.weight] if groups == 8 else model.parameters():
+        nn.init.constant_(p, 1 / 9)
+    inner.requires_grad_(groups < 8)
+    return model
+
+
+class Places(nn.Module):
+    """A learned table of places, of which some are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(64, 32))
+
+    def forward(self, x):
+        return x + self.weight[: len(x) // 2].repeat(2, 1)
 
 
 def large(model, variance):
@@ -326,6 +368,24 @@ CASES = {
         fit(lambda: nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 32), nn.Linear(32, 5))),
         fit(mlp),
     ),
+    "a shape changed between layers": Case(
+        ("linear_stack", "no activation"), fit(lambda: Norms(Tensor.clone)), fit(lambda: Norms(Tensor.abs))
+    ),
+    "halves laid side by side again": Case(
+        ("linear_stack", "no activation"),
+        fit(lambda: Norms(lambda h: h.view(-1, 2, 16).transpose(1, 2).flatten(1))),
+        fit(lambda: Norms(lambda h: h.view(-1, 32, 2).amax(-1), wide=2)),
+    ),
+    "convolutions with nothing between": Case(
+        ("linear_stack", "no activation"),
+        fit(lambda: pooled(nn.Identity(), 64), x=PICTURES),
+        fit(lambda: pooled(nn.MaxPool2d(2), 4), x=PICTURES),
+    ),
+    "filters that are alike within each of two groups": Case(
+        ("symmetric_initialization", "constant"),
+        fit(lambda: in_groups(2), optimizer=lambda m: sgd(m, 1e-3), x=PICTURES),
+        fit(lambda: in_groups(8), x=PICTURES),
+    ),
     "sixteen blocks with branches at full size": Case(
         ("residual_mismatch", "branches too large"),
         fit(lambda: Blocks(16, 1.0), optimizer=lambda m: sgd(m, 1e-8), planned=90),
@@ -429,3 +489,14 @@ def test_micro_batches_are_not_stale():
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
     assert bpdiag.diagnose(watching.trace) == []
+
+
+def test_a_low_rank_that_is_meant_is_a_warning():
+    factors = lambda: nn.Sequential(nn.Linear(20, 8, bias=False), nn.Linear(8, 5))  # noqa: E731
+    code = lambda: nn.Sequential(nn.Linear(20, 4), nn.Linear(4, 20))  # noqa: E731
+    for make in (fit(factors), fit(code, lambda out: F.mse_loss(out, X))):
+        assert [(f.kind, f.severity) for f in findings(make, 30)] == [("linear_stack", "warning")]
+
+
+def test_a_table_of_places_at_0_has_no_units():
+    silent(fit(lambda: nn.Sequential(nn.Linear(20, 32), Places(), nn.ReLU(), nn.Linear(32, 5))), steps=60)
