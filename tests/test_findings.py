@@ -170,6 +170,40 @@ class Places(nn.Module):
         return x + self.weight[: len(x) // 2].repeat(2, 1)
 
 
+class Unrolled(nn.Module):
+    """A cell called for each of so many steps, the label to be kept from the first; or fused in one call."""
+
+    def __init__(self, cell, draw=None, steps=30, fused=False):
+        super().__init__()
+        self.cell, self.head, self.steps, self.fused = cell(20, 24), nn.Linear(24, 5), steps, fused
+        for name, weight in self.cell.named_parameters():
+            if draw and name.startswith("weight_hh"):
+                draw(weight)
+
+    def forward(self, x):
+        x = torch.cat([x[None], torch.zeros(self.steps - 1, *x.shape)])
+        if self.fused:
+            return self.head(self.cell(x)[0][-1])
+        state = None
+        for now in x:
+            state = self.cell(now, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+def forgetful(weight):
+    nn.init.normal_(weight, 0, 0.03)
+
+
+def faded(cell):
+    """Thirty steps of a cell that forgets, and two."""
+    return Case(
+        ("vanishing", "time"),
+        fit(lambda: Unrolled(cell, forgetful), optimizer=lambda m: sgd(m, 0.1)),
+        fit(lambda: Unrolled(cell, nn.init.orthogonal_, steps=2), optimizer=lambda m: sgd(m, 0.1)),
+        steps=60,
+    )
+
+
 def large(model, variance):
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -386,6 +420,9 @@ CASES = {
         fit(lambda: in_groups(2), optimizer=lambda m: sgd(m, 1e-3), x=PICTURES),
         fit(lambda: in_groups(8), x=PICTURES),
     ),
+    "an RNNCell that forgets": faded(nn.RNNCell),
+    "an LSTMCell that forgets": faded(nn.LSTMCell),
+    "a GRUCell that forgets": faded(nn.GRUCell),
     "sixteen blocks with branches at full size": Case(
         ("residual_mismatch", "branches too large"),
         fit(lambda: Blocks(16, 1.0), optimizer=lambda m: sgd(m, 1e-8), planned=90),
@@ -500,3 +537,12 @@ def test_a_low_rank_that_is_meant_is_a_warning():
 
 def test_a_table_of_places_at_0_has_no_units():
     silent(fit(lambda: nn.Sequential(nn.Linear(20, 32), Places(), nn.ReLU(), nn.Linear(32, 5))), steps=60)
+
+
+def test_guessing_says_what_was_not_seen():
+    """A fused recurrent net that forgets is one call; a cell called by hand is judged."""
+    fused = fit(lambda: Unrolled(nn.RNN, forgetful, fused=True), lambda out: F.cross_entropy(out, torch.arange(64) % 5))
+    (found,) = findings(fused, 60)
+    assert found.kind == "chance_level"
+    assert "cell runs through time in one call" in found.why
+    assert "Of 1 weight layers' calls" in found.why
