@@ -87,6 +87,8 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
         **evidence,
     }
     if (times := _time_steps(p, lowest)) > 0:
+        if severity == "warning":
+            return  # it learns from its later calls, and has learned
         cause, per_layer = "time", decades / times
         evidence["gain_per_time_step"] = 10**per_layer
     name = p.title(lowest)

@@ -49,7 +49,7 @@ def non_finite(p: Profile) -> Iterator[Finding]:
     place = _place(p)
     if place is None:
         return
-    growth, (at, far) = _first_gain(p), before_the_rise(p)
+    growth, (at, far) = _gain(p, 0), before_the_rise(p)
     told = float(p.trace.told("learning_rate")[at]) if at >= 0 else math.nan
     rate = told if math.isfinite(told) else float(p.trace.meta.get("optimizer", {}).get("lr", math.nan))
     cause = _cause(p, place, growth)
@@ -130,9 +130,9 @@ def _pole(trace: Trace, at: int, index: int | None, broke: str, makers: list[int
     return "softmax" if trace.layers[index].kind in ATTENTION else ""
 
 
-def _first_gain(p: Profile) -> float:
-    """The typical forward gain at the first sample: what the net began with, before any step."""
-    gains = p.trace.column("forward_gain")[0][0]
+def _gain(p: Profile, at: int) -> float:
+    """The typical forward gain of a sample; nan where none is known."""
+    gains = p.trace.column("forward_gain")[0][at]
     gains = gains[np.isfinite(gains) & (gains > 0)]
     return float(np.exp(np.median(np.log(gains)))) if gains.size else math.nan
 
@@ -145,9 +145,11 @@ def _cause(p: Profile, place: _Place, growth: float) -> str:
     tame = losses[np.isfinite(losses)]
     # a first loss so large is the forward pass's, also where no single gain could be told
     huge = tame.size > 0 and bool(p.lines) and tame[0] > HUGE * guessing_loss(p)
-    if place.broke in ("forward", "weights") and (growth > GROWN or huge):
+    forward = place.broke in ("forward", "weights")
+    if forward and (growth > GROWN or huge):
         return "exploding"
-    if rose(p.trace) or (overwritten(p).any() and risen(p, tame).any()):
+    grown = forward and _gain(p, max((place.at or 0) - 1, 0)) > GROWN  # since the first sample, by its steps
+    if grown or rose(p.trace) or (overwritten(p).any() and risen(p, tame).any()):
         return DIVERGED
     if place.op:
         return "empty row" if place.op == "softmax" else "pole"
