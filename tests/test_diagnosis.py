@@ -132,6 +132,16 @@ LINES = {  # name: (trace, what is found)
     "dead, chance c = 1": (lambda: net(dead=0.55, cosine=1.0, loss=stuck), []),
     "dead, no chance": (lambda: net(dead=0.55, cosine=0.5, loss=stuck), [("dead_units", "harm")]),
     "dead, net learns": (lambda: net(dead=0.55, cosine=0.5), [("dead_units", "warning")]),
+    "a step that overwrote, a loss that rose": (
+        lambda: net(update=lambda s: 1e-3 if s else 0.2, loss=lambda s: 3.0 if s else 2.3),
+        [("update_too_large", "harm")],
+    ),
+    "a step that overwrote, a loss that rose little": (
+        lambda: net(update=lambda s: 1e-3 if s else 0.2, loss=lambda s: 2.8 if s else 2.3),
+        [],
+    ),
+    "a loss that rose, under small steps": (lambda: net(loss=lambda s: 3.0 if s else 2.3), []),
+    "a loss below 0 that falls, under large steps": (lambda: net(update=0.2, loss=lambda s: -2 - s / 100), []),
     "few are dead": (lambda: net(dead=0.45, cosine=0.5, loss=stuck), []),
     "dead, converged": (lambda: net(dead=0.9, loss=late), []),
     "few dead, vanishing by weights": (lambda: by(-4, dead=0.01), [VANISH]),

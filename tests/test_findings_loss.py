@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_findings import Case, T, X, Y, classify, findings, fit, is_named_and_its_twin_is_silent, mlp, sgd, silent
+from test_findings import Case, T, X, Y, classify, findings, fit, mlp, sgd, silent, told_apart
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -122,7 +122,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_fault_is_named_and_its_twin_is_silent(name):
-    is_named_and_its_twin_is_silent(CASES[name])
+    told_apart(CASES[name])
 
 
 class Heads(nn.Module):
@@ -137,7 +137,7 @@ class Heads(nn.Module):
         return self.one(h), self.other(h)
 
 
-def told_apart(losses, model):
+def told_each(losses, model):
     """Findings of a run that tells several losses in each step."""
     torch.manual_seed(1)
     model = model()
@@ -166,10 +166,10 @@ TWICE = {
 @pytest.mark.parametrize("name", TWICE)
 def test_every_loss_told_is_judged(name):
     losses, end = TWICE[name]
-    found = told_apart(losses, lambda: Heads(end))
+    found = told_each(losses, lambda: Heads(end))
     assert found == [("loss_interface", "harm", ("other.1#0",) if end else ("other.0#0",))]
     both = [lambda m, out: classify(out[0]), lambda m, out: classify(out[1])]
-    assert told_apart(both, lambda: Heads([])) == []
+    assert told_each(both, lambda: Heads([])) == []
 
 
 def test_one_fault_in_several_passes_is_one_finding():

@@ -26,6 +26,7 @@ from bpdiag.diagnosis.interface import loss_interface
 from bpdiag.diagnosis.ledger import ASSUMED_STEPS, Profile, profile
 from bpdiag.diagnosis.nonfinite import non_finite
 from bpdiag.diagnosis.precision import precision
+from bpdiag.diagnosis.reach import DIVERGED
 from bpdiag.diagnosis.structure import correlation_collapse, linear_stack, over_regularized, residual_mismatch
 from bpdiag.diagnosis.symmetry import symmetric_initialization
 from bpdiag.diagnosis.units import dead_by_chance, dead_units
@@ -116,6 +117,8 @@ CAUSES = {
     "disconnected": ("correlation_collapse", "vanishing", "dead_units"),
     "update_too_large": ("correlation_collapse",),
 }
+# what a net looks like that its steps have wrecked: no fault of its own where it began after the first sample
+WRECKED = ("dead_units", "exploding", "vanishing", "residual_mismatch", "correlation_collapse")
 
 
 def diagnose(trace: Trace) -> list[Finding]:
@@ -143,10 +146,14 @@ def _explains(cause: Finding, f: Finding) -> bool:
         return cause.kind not in UNEXPLAINED
     if cause.severity == "warning" and f.severity == "harm":
         return False
+    if f.kind in WRECKED and f.onset_step > 0 and (cause.key == DIVERGED or cause.kind == "stale_gradient"):
+        return True
+    if cause.kind in WRECKED and cause.onset_step > 0 and f.key == DIVERGED:
+        return False
     if cause.kind in ("dead_units", "saturated") and f.kind == "vanishing":
         return f.cause in ("slopes", "alignment")
-    if f.kind == "non_finite" and cause.kind in ("input_scale", "targets"):
-        return f.cause.startswith(("exploding", "diverged"))
+    if f.kind == "non_finite" and cause.kind in ("input_scale", "targets", "stale_gradient"):
+        return f.key == DIVERGED or (f.key == "exploding" and cause.kind != "stale_gradient")
     return f.kind in CAUSES.get(cause.kind, ())
 
 

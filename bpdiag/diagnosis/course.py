@@ -17,6 +17,7 @@ LEAST_FALL = 1e-3  # of ln K: a fall under it is none, however regular
 LONG = 50  # steps: a shorter plateau may be a slow start
 MOST_LEFT = 0.85  # of the first loss: a run that ends above has hardly begun
 LEAST_WON = 0.005  # of the first loss
+FUSED = ("rnn", "lstm", "gru")  # modules of many time steps that are one call
 PACE = 0.4  # of all that was won came in the last half: it does not slow down
 
 
@@ -51,8 +52,19 @@ def chance_level(p: Profile) -> Iterator[Finding]:
         expected=f"a loss well below {guess:.2f}",
         source="ours: the loss of answering with the classes' frequencies",
         sentence=f"The loss stays at guessing: {now:.3g} after {len(losses):,} steps; guessing costs {guess:.3g}.",
-        why="Gradients arrive in every layer and every layer moves: nothing in the net explains it.",
+        why=_looked_at(p),
     )
+
+
+def _looked_at(p: Profile) -> str:
+    """What was measured and found well; what was not seen."""
+    told = f"Of {len(p.lines)} weight layers' calls gradients and steps were measured, and none explains it."
+    fused = [layer.title for layer in p.trace.layers if layer.kind in FUSED]
+    if not fused:
+        return told
+    many = len(fused) > 1
+    names = f"{', '.join(fused[:3])}{' and more' if len(fused) > 3 else ''}"
+    return f"{told} {names} run{'' if many else 's'} through time in one call: what passes between steps was not seen."
 
 
 def too_few_steps(p: Profile) -> Iterator[Finding]:

@@ -24,6 +24,16 @@ class Finding:
     sentence: str = ""  # what, where, how much
     why: str = ""
 
+    @property
+    def key(self) -> str:
+        """The cause's first word: what a rule may ask for.
+
+        Example:
+            >>> Finding("non_finite", "harm", (), 3, "diverged: steps too large", {}, 1.0, "", "", "").key
+            'diverged'
+        """
+        return self.cause.partition(" ")[0].rstrip(":")
+
     def __repr__(self) -> str:
         return f"Finding({self.kind} by {self.cause}, {self.severity}: {self.sentence})"
 

@@ -12,6 +12,7 @@ from bpdiag.diagnosis.finding import Finding, percent, power, real
 from bpdiag.diagnosis.harm import LEAST_TRAVEL, harmed_layers, verdict
 from bpdiag.diagnosis.ledger import Profile
 
+GATED = ("lstmcell", "grucell")
 SLIP = math.log10(2) / 2  # 0.15 decades a layer: the smallest classical slip of a weight variance, a factor of 2
 ROUNDING = 1e-9  # decades: less is no share of anything
 FORMAT_END = 38.5  # log10 of the largest float32
@@ -86,6 +87,8 @@ def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Find
         **evidence,
     }
     if (times := _time_steps(p, lowest)) > 0:
+        if severity == "warning":
+            return  # it learns from its later calls, and has learned
         cause, per_layer = "time", decades / times
         evidence["gain_per_time_step"] = 10**per_layer
     name = p.title(lowest)
@@ -170,8 +173,11 @@ def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) 
     kind = next(iter(activations)) if len(activations) == 1 else "the activation"
     r = next((layer.r for layer in p.trace.layers if layer.r), 1.0)
     if cause == "time":
+        gated = any(layer.kind in GATED for layer in p.trace.layers)
         return (
-            "take a gated cell (nn.LSTM, nn.GRU), orthogonal recurrent weights, or shorter sequences",
+            "let the gates begin open (a forget gate's bias of 1 or more), or take shorter sequences"
+            if gated
+            else "take a gated cell (nn.LSTM, nn.GRU), orthogonal recurrent weights, or shorter sequences",
             f"gain per time step from {evidence['gain_per_time_step']:.2g} to about 1",
         )
     if cause == "weights":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from bpdiag.diagnosis.beginning import guessing_loss
 from bpdiag.diagnosis.finding import Finding
 from bpdiag.diagnosis.ledger import Profile, rose
 from bpdiag.diagnosis.losspath import SHAPES
+from bpdiag.diagnosis.reach import DIVERGED, before_the_rise, overwritten, risen
 from bpdiag.trace import Trace
 
 GROWN = 2.0  # forward gain a layer; at the critical weights it is 1
@@ -24,106 +26,173 @@ ATTENTION = ("multiheadattention", "transformerencoderlayer", "transformerdecode
 SAFE = ("output", "sub", "rsub", "pow", "mul", "mean", "sum", "abs", "mseloss", "l1loss", "smoothl1loss", "huberloss")
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where and when the first number that is not finite was seen."""
+
+    first: int  # step
+    last_good: int  # step; -1: none
+    at: int | None  # sample in which it was seen
+    broke: str  # a key of _PLACES; loss, every layer being finite; not sampled
+    makers: list[int]  # rows of the calls that made it
+    op: str  # an operation with a pole that may have; empty for none
+    where: str  # in words
+    evidence: dict[str, float]
+
+
 def non_finite(p: Profile) -> Iterator[Finding]:
-    """The first step with a nan or an infinity, bracketed, and the first call in it."""
-    trace = p.trace
-    steps, losses = trace.losses
-    bad_losses, bad_samples = steps[~np.isfinite(losses)], p.steps[~p.finite & ~trace.skipped]  # a scaler's business
-    if not len(bad_losses) and not len(bad_samples):
+    """The first step with a nan or an infinity, bracketed, and the first call in it.
+
+    Blown up forward where the gains at the first sample were large already, or the first loss was; diverged where the
+    loss had risen under steps larger than what they change; else by what broke.
+    """
+    place = _place(p)
+    if place is None:
         return
-    first = int(min([*bad_losses[:1], *bad_samples[:1]]))
-    good = [s for s in (*steps[np.isfinite(losses)], *p.steps[p.finite]) if s < first]
-    last_good = int(max(good)) if good else -1
-    evidence: dict[str, float] = {"last_finite_step": float(last_good), "first_nonfinite_step": float(first)}
-    layers: tuple[str, ...] = ()
-    op = names = ""
-    cause, where = "not sampled", "in the loss, in a step that was not sampled"
-    if first in p.steps:
-        cause, where = "loss", "in the loss, every layer being finite"
-    if len(bad_samples):
-        at = int(np.searchsorted(p.steps, bad_samples[0]))
-        evidence["sampled_step"] = float(bad_samples[0])
-        index, cause, makers = _first_bad_call(trace, at)
-        if cause == "backward" and _bad_target(trace, at):
-            cause = "target"
-        elif cause in ("backward", "loss"):
-            op = _steepest(trace, makers if index is not None and makers != [index] else [])
-        elif cause == "forward" and index is not None:
-            made_between = not math.isfinite(trace.value("x_rms", index, at) or 0.0)
-            attends = trace.layers[index].kind in ATTENTION
-            op = _steepest(trace, makers) if made_between else "softmax" if attends else ""
-        if index is not None:
-            layers = tuple(trace.layers[i].key for i in makers)
-            names = " or ".join(trace.layers[i].title for i in makers)
-            below = trace.layers[index].title
-            where = f"in what {names} sends back to {below}" if makers != [index] else f"{_PLACES[cause]} {names}"
-            sample = trace.value("nonfinite_sample", index, at)
-            if sample is not None and cause != "weights":
-                evidence["sample"] = sample
-                where += f", in sample {sample:.0f} of the batch alone"
-            nan, infinite = (trace.value(f"{word}_samples", index, at) for word in ("nan", "inf"))
-            if nan is not None and infinite is not None and cause != "weights":
-                evidence |= {"nan_samples": nan, "inf_samples": infinite}
-            where += f", at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
-        if at:
-            ratio = trace.column("update_ratio")[0][at - 1]
-            reach = ratio * np.sqrt([float(layer.fan_in or 0) for layer in trace.layers])
-            evidence["largest_reach_before"] = float(np.nanmax(reach)) if np.isfinite(reach).any() else math.nan
-        gains = trace.column("forward_gain")[0][max(at - 1, 0)]  # of the last finite sample, if there is one
-        gains = gains[np.isfinite(gains) & (gains > 0)]
-        if gains.size:
-            evidence["forward_gain"] = float(np.exp(np.median(np.log(gains))))
-    tame = losses[np.isfinite(losses)]
-    first_loss, highest = (tame[0], tame.max()) if tame.size else (math.nan, math.nan)
-    rate = trace.meta.get("optimizer", {}).get("lr", math.nan)
-    evidence["learning_rate"] = float(rate)
-    grown = evidence.get("forward_gain", 1.0)
-    # a first loss so large is the forward pass's, also where no single gain could be told
-    huge = tame.size > 0 and bool(p.lines) and first_loss > HUGE * guessing_loss(p)
-    explodes = cause in ("forward", "weights") and (grown > GROWN or huge)
-    diverged = not explodes and cause not in ("input", "target") and rose(trace)
-    blamed = f"{cause} of {op}" if op and not diverged else cause
-    if cause == "input":
-        remedy, expected = "repair or drop the samples that are not finite", "every number finite"
-    elif cause == "target":
-        remedy, expected = "repair or drop the samples whose target is not finite", "every number finite"
-    elif op == "softmax" and not diverged:
-        remedy = "let every row of the mask see something, if only itself: a softmax over nothing is 0/0"
-        expected = "every number finite, with the same learning rate"
-    elif not op and not explodes and cause == "forward" and first == 0:
-        remedy, expected = f"look inside {names}: a division by 0, a log of 0, an overflow", "every number finite"
-    elif op and not diverged:
-        remedy = f"keep what {op} is given off its pole: add a small number inside, or choose by a where before it too"
-        expected = "every number finite, with the same learning rate"
-    elif explodes:
-        remedy = "initialize at the critical weight variance, 2/fan_in for relu, 1/fan_in for tanh"
-        expected = f"forward gain per layer from {grown:.2g} to 1"
-    else:
-        reach = evidence.get("largest_reach_before", math.nan)
-        less = 10 ** max(1, math.ceil(math.log10(reach))) if 0 < reach < math.inf else 10
-        remedy = f"lower the learning rate from {rate:g} to {rate / less:g}" if rate > 0 else "lower the learning rate"
-        expected = f"reach of a step from {reach:.2g} to {reach / less:.2g}" if reach > 0 else "every number finite"
+    growth, (at, far) = _gain(p, 0), before_the_rise(p)
+    told = float(p.trace.told("learning_rate")[at]) if at >= 0 else math.nan
+    rate = told if math.isfinite(told) else float(p.trace.meta.get("optimizer", {}).get("lr", math.nan))
+    cause = _cause(p, place, growth)
+    numbers = {"learning_rate": rate, "forward_gain": growth, "largest_reach_before": far}
+    remedy, expected = _remedy(p, place, cause, numbers)
     yield Finding(
         kind="non_finite",
         severity="harm",
-        layers=layers,
-        onset_step=first,
-        cause=f"exploding {cause}" if explodes else f"diverged: steps too large, then {cause}" if diverged else blamed,
-        evidence=evidence,
+        layers=tuple(p.trace.layers[i].key for i in place.makers),
+        onset_step=place.first,
+        cause={
+            "exploding": f"exploding {place.broke}",
+            DIVERGED: f"{DIVERGED}: steps too large, then {place.broke}",
+            "pole": f"{place.broke} of {place.op}",
+        }.get(cause, place.broke),
+        evidence=place.evidence | numbers,
         confidence=1.0,
         remedy=remedy,
         expected=expected,
         source="ours",
-        sentence=f"The numbers are not finite from step {first}: first seen {where}.",
-        why=(f"Step {last_good} was the last finite one." if last_good >= 0 else "No step was finite.")
-        + (f" There stands {op}, whose value or slope has a pole." if op and not diverged else "")
-        + (
-            f" Each layer multiplies what passes by {grown:.2g}; the first loss was {first_loss:.3g}."
-            if explodes
-            else ""
-        )
-        + (f" Before, the loss rose from {first_loss:.3g} to {highest:.3g}." if diverged else ""),
+        sentence=f"The numbers are not finite from step {place.first}: first seen {place.where}.",
+        why=_why(p, place, cause, growth),
     )
+
+
+def _place(p: Profile) -> _Place | None:
+    trace = p.trace
+    steps, losses = trace.losses
+    bad_losses, bad_samples = steps[~np.isfinite(losses)], p.steps[~p.finite & ~trace.skipped]  # a scaler's business
+    if not len(bad_losses) and not len(bad_samples):
+        return None
+    first = int(min([*bad_losses[:1], *bad_samples[:1]]))
+    good = [s for s in (*steps[np.isfinite(losses)], *p.steps[p.finite]) if s < first]
+    last_good = int(max(good)) if good else -1
+    evidence: dict[str, float] = {"last_finite_step": float(last_good), "first_nonfinite_step": float(first)}
+    broke, where = "not sampled", "in the loss, in a step that was not sampled"
+    if first in p.steps:
+        broke, where = "loss", "in the loss, every layer being finite"
+    if not len(bad_samples):
+        return _Place(first, last_good, None, broke, [], "", where, evidence)
+    at = int(np.searchsorted(p.steps, bad_samples[0]))
+    evidence["sampled_step"] = float(bad_samples[0])
+    index, broke, makers = _first_bad_call(trace, at)
+    if broke == "backward" and _bad_target(trace, at):
+        broke = "target"
+    if index is not None:
+        where, more = _told(trace, at, index, broke, makers)
+        where += f", at step {bad_samples[0]}, the next one sampled" if bad_samples[0] > first else ""
+        evidence |= more
+    return _Place(first, last_good, at, broke, makers, _pole(trace, at, index, broke, makers), where, evidence)
+
+
+def _told(trace: Trace, at: int, index: int, broke: str, makers: list[int]) -> tuple[str, dict[str, float]]:
+    """The first bad call in words, and of its batch how much is bad."""
+    names = " or ".join(trace.layers[i].title for i in makers)
+    sent_back = f"in what {names} sends back to {trace.layers[index].title}"
+    where, evidence = sent_back if makers != [index] else f"{_PLACES[broke]} {names}", dict[str, float]()
+    if broke == "weights":
+        return where, evidence
+    sample = trace.value("nonfinite_sample", index, at)
+    if sample is not None:
+        evidence["sample"] = sample
+        where += f", in sample {sample:.0f} of the batch alone"
+    nan, infinite = (trace.value(f"{word}_samples", index, at) for word in ("nan", "inf"))
+    if nan is not None and infinite is not None:
+        evidence |= {"nan_samples": nan, "inf_samples": infinite}
+    return where, evidence
+
+
+def _pole(trace: Trace, at: int, index: int | None, broke: str, makers: list[int]) -> str:
+    """The operation that may have a pole there."""
+    if broke in ("backward", "loss"):
+        return _steepest(trace, makers if makers != [index] else [])
+    if broke != "forward" or index is None:
+        return ""
+    if not math.isfinite(trace.value("x_rms", index, at) or 0.0):  # made between the layers
+        return _steepest(trace, makers)
+    return "softmax" if trace.layers[index].kind in ATTENTION else ""
+
+
+def _gain(p: Profile, at: int) -> float:
+    """The typical forward gain of a sample; nan where none is known."""
+    gains = p.trace.column("forward_gain")[0][at]
+    gains = gains[np.isfinite(gains) & (gains > 0)]
+    return float(np.exp(np.median(np.log(gains)))) if gains.size else math.nan
+
+
+def _cause(p: Profile, place: _Place, growth: float) -> str:
+    """input, target, exploding, diverged, empty row, pole, inside, or steps where nothing else is known."""
+    if place.broke in ("input", "target"):
+        return place.broke
+    losses = p.trace.losses[1]
+    tame = losses[np.isfinite(losses)]
+    # a first loss so large is the forward pass's, also where no single gain could be told
+    huge = tame.size > 0 and bool(p.lines) and tame[0] > HUGE * guessing_loss(p)
+    forward = place.broke in ("forward", "weights")
+    if forward and (growth > GROWN or huge):
+        return "exploding"
+    grown = forward and _gain(p, max((place.at or 0) - 1, 0)) > GROWN  # since the first sample, by its steps
+    if grown or rose(p.trace) or (overwritten(p).any() and risen(p, tame).any()):
+        return DIVERGED
+    if place.op:
+        return "empty row" if place.op == "softmax" else "pole"
+    return "inside" if place.broke == "forward" and place.first == 0 else "steps"
+
+
+def _remedy(p: Profile, place: _Place, cause: str, numbers: dict[str, float]) -> tuple[str, str]:
+    """(what to do, what that should do to the number)."""
+    finite, rate, far = "every number finite", numbers["learning_rate"], numbers["largest_reach_before"]
+    if cause == "input":
+        return "repair or drop the samples that are not finite", finite
+    if cause == "target":
+        return "repair or drop the samples whose target is not finite", finite
+    if cause == "exploding":
+        gain = numbers["forward_gain"]
+        mend = "initialize at the critical weight variance, 2/fan_in for relu, 1/fan_in for tanh"
+        return mend, f"forward gain per layer from {gain:.2g} to 1"
+    if cause == "empty row":
+        mend = "let every row of the mask see something, if only itself: a softmax over nothing is 0/0"
+        return mend, f"{finite}, with the same learning rate"
+    if cause == "pole":
+        what = f"keep what {place.op} is given off its pole"
+        mend = f"{what}: add a small number inside, or choose by a where before it too"
+        return mend, f"{finite}, with the same learning rate"
+    if cause == "inside":
+        names = " or ".join(p.trace.layers[i].title for i in place.makers)
+        return f"look inside {names}: a division by 0, a log of 0, an overflow", finite
+    less = 10 * max(far, 1.0) if math.isfinite(far) else 10.0
+    mend = f"lower the learning rate from {rate:g} to {rate / less:.1g}" if rate > 0 else "lower the learning rate"
+    return mend, f"reach of a step from {far:.2g} to {far / less:.1g}" if math.isfinite(far) else finite
+
+
+def _why(p: Profile, place: _Place, cause: str, growth: float) -> str:
+    losses = p.trace.losses[1]
+    tame = losses[np.isfinite(losses)]
+    first, highest = (tame[0], tame.max()) if tame.size else (math.nan, math.nan)
+    told = f"Step {place.last_good} was the last finite one." if place.last_good >= 0 else "No step was finite."
+    return told + {
+        "pole": f" There stands {place.op}, whose value or slope has a pole.",
+        "empty row": f" There stands {place.op}, whose value or slope has a pole.",
+        "exploding": f" Each layer multiplies what passes by {growth:.2g}; the first loss was {first:.3g}.",
+        DIVERGED: f" Before, the loss rose from {first:.3g} to {highest:.3g}.",
+    }.get(cause, "")
 
 
 def _bad_target(trace: Trace, at: int) -> bool:

@@ -11,7 +11,14 @@ from bpdiag.diagnosis.blocks import blocks
 from bpdiag.diagnosis.finding import Finding, percent, power, real
 from bpdiag.diagnosis.harm import verdict
 from bpdiag.diagnosis.ledger import Profile
+from bpdiag.diagnosis.losspath import SHAPES
 
+# operations known to be linear, of a layer's own and between layers; our rules' names among them
+LINEAR = {
+    *SHAPES, "add", "addmm", "addmv", "asstrided", "conv", "convolution", "convolutionoverrideable", "cudnnconvolution",
+    "expand", "linear", "mkldnnconvolution", "mkldnnlinear", "mm", "mv", "narrow", "neg", "slowconv2d", "split", "sub",
+    "thnnconv2d", "unbind", "unsafesplit",
+}  # fmt: skip
 SAME = 1e-6  # of a slope factor from 1: what lies between changed no number
 ALIKE = math.exp(-6)  # 1 - c: six correlation lengths (Schoenholz et al. 2017, section 5: trainable to about six)
 APART = 0.01  # 1 - c of the data: below, they are alike themselves
@@ -23,18 +30,21 @@ IDLE = 0.01  # of 1/blocks: branches whose squared gain is less add nothing (1 +
 
 
 def linear_stack(p: Profile) -> Iterator[Finding]:
-    """Every step between weight layers is the identity: one matrix would do what all of them do."""
+    """Every step between weight layers is the identity: one matrix would do what all of them do.
+
+    The cotangents pass unchanged and every operation on the way is known to be linear: many that are not, as abs,
+    maxout and max-pooling, leave a cotangent's norm as it was too.  A warning where a low rank may be meant.
+    """
     steps = [(at, i) for at, i in enumerate(p.lines) if p.trace.layers[i].next is not None]
     if not steps or len(steps) < len(p.lines) - 1 or not p.finite.any():
         return
     at = int(np.flatnonzero(p.finite)[0])
     slopes = p.trace.column("slope_factor")[0][at, [i for _, i in steps]]
-    carried = any(p.trace.layers[j].activation for _, i in steps for j in (i, *p.trace.layers[i].via))
-    if carried or not (np.abs(slopes - 1) < SAME).all():
+    if not (np.abs(slopes - 1) < SAME).all() or not all(_is_linear(p, i) for _, i in steps):
         return
     yield Finding(
         kind="linear_stack",
-        severity="warning" if p.converged[-1] else "harm",
+        severity="warning" if p.converged[-1] or _is_low_rank(p) else "harm",
         layers=p.names(range(len(p.lines))),
         onset_step=int(p.steps[at]),
         cause="no activation between the layers",
@@ -42,10 +52,27 @@ def linear_stack(p: Profile) -> Iterator[Finding]:
         confidence=1.0,
         remedy="put an activation between them (nn.ReLU())",
         expected="a net that can bend: training loss below that of one linear layer",
-        source="structure: cotangents pass between the layers unchanged",
+        source="structure: cotangents pass between the layers unchanged, and no operation there is nonlinear",
         sentence=f"All {len(p.lines)} layers together are one linear map: nothing nonlinear stands between them.",
         why="A product of matrices is a matrix: depth adds nothing here but slower learning.",
     )
+
+
+def _is_linear(p: Profile, i: int) -> bool:
+    """Whether all from weight layer ``i`` to the next one, both included, is known to be linear."""
+    layers = p.trace.layers
+    way = [i, *layers[i].via, layers[i].next or 0]
+    ops = {op for j in way for op in (*layers[j].ops, *(op for gap in layers[j].gap for op in gap))}
+    bends = any(layers[j].activation not in (None, "identity") for j in way)
+    return not bends and {op.lower().replace("_", "") for op in ops} <= LINEAR
+
+
+def _is_low_rank(p: Profile) -> bool:
+    """Whether a hidden layer is narrower than both ends, or than the input and without a bias: W = U V, on purpose."""
+    layers = [p.trace.layers[i] for i in p.lines]
+    ends = layers[0].fan_in or 1, layers[-1].units or 1
+    hidden = [(layer.units or 1, "mm" in {op.lower() for op in layer.ops}) for layer in layers[:-1]]
+    return any(units < min(ends) or (units < ends[0] and bare) for units, bare in hidden)
 
 
 def residual_mismatch(p: Profile) -> Iterator[Finding]:

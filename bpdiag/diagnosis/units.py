@@ -12,7 +12,7 @@ import numpy as np
 from bpdiag.diagnosis.finding import Finding, percent
 from bpdiag.diagnosis.harm import harmed_layers, verdict
 from bpdiag.diagnosis.ledger import Profile
-from bpdiag.diagnosis.updates import MOST_REACH
+from bpdiag.diagnosis.reach import MOST_REACH
 
 SQUISHED = -0.5  # log10(rms slope / largest): nine elements in ten pass under 5 %
 MOST = 0.5  # of a layer's units

@@ -10,13 +10,19 @@ import numpy as np
 from bpdiag.diagnosis.finding import Finding, percent
 from bpdiag.diagnosis.harm import LEAST_TRAVEL, harmed_layers, verdict
 from bpdiag.diagnosis.ledger import WINDOW, Profile
+from bpdiag.diagnosis.reach import (
+    DIVERGED,
+    FIRST_REACH,
+    MOST_REACH,
+    before_the_rise,
+    overwritten,
+    reach,
+    risen,
+)
 
-MOST_REACH = 1.0  # of a step: rms(dW)/rms(W) sqrt(fan_in); at 1 one step moves an output by its own size
-FIRST_REACH = 1.5  # of the very first step, where no other is known: up to 1.4 nets got over it
 STALE = 0.5  # of what the optimizer meets is older than this step
 LAYERS, FEW_LAYERS = 5, 2.0  # of fewer one always has much; the norm is of fewer than two
 CLIPPED = 0.99  # of its norm is left: less was clipped
-WORSE = 1.5  # times the first loss: it has risen
 SHORT = 100  # steps: in fewer nothing is expected to move far
 RISING = 1.5  # a learning rate that has grown so much since the first sample is being warmed up
 
@@ -81,39 +87,48 @@ def update_too_small(p: Profile) -> Iterator[Finding]:
 
 
 def update_too_large(p: Profile) -> Iterator[Finding]:
-    """Steps larger than what they change, and a loss that stands or has risen; of one step alone, larger ones still."""
+    """Steps larger than what they change, and a loss that stands or has risen; of one step alone, larger ones still.
+
+    A loss that has risen well above its first value after such a step has diverged, whatever the steps reach since:
+    weights that large steps have made large are moved little by more of them.
+    """
     alone = len(p.steps) == 1 and p.steps[0] == 0
     if len(p.steps) < 2 * WINDOW and not alone:
         return
-    first = p.losses[0]
-    worse = p.finite & (alone | (p.plateau | (p.losses > WORSE * first)) & ~p.converged)
-    if not worse.any():
-        return
-    fan_in = np.array([p.trace.layers[i].fan_in or 1 for i in p.lines], float)
-    reach = np.nan_to_num(p.trace.column("update_ratio")[0][:, p.lines] * np.sqrt(fan_in))
-    usual = reach if alone else _usual(reach)
-    too_far = (usual > (FIRST_REACH if alone else MOST_REACH)) & worse[:, None]
-    told = verdict(p, too_far.any(axis=1))
+    above = risen(p, p.losses) & p.finite & ~p.converged
+    told = verdict(p, above & overwritten(p)) if not alone else None
+    diverged = told is not None and told[0] == "harm"
+    far = reach(p)
+    if not diverged:
+        usual = far if alone else _usual(far)
+        far = usual
+        stands = p.finite & (alone | (p.plateau & ~p.converged) | above)
+        told = verdict(p, ((usual > (FIRST_REACH if alone else MOST_REACH)) & stands[:, None]).any(axis=1))
     if told is None or told[0] != "harm":
         return
     _, quote, onset, confidence = told
-    where = np.flatnonzero(too_far[quote].mean(axis=0) >= 0.5)
-    most = float(np.median(usual[quote].max(axis=1)))
-    rate = float(np.median(p.trace.told("learning_rate")[quote]))
-    less = f"{rate / most / 10:.1g}"
+    at, most = before_the_rise(p) if diverged else (-1, math.nan)
+    rates = p.trace.told("learning_rate")
+    if at < 0:
+        most, rate = float(np.median(far[quote].max(axis=1))), float(np.median(rates[quote]))
+        where = np.flatnonzero((far[quote] > (FIRST_REACH if alone else MOST_REACH)).mean(axis=0) >= 0.5)
+    else:
+        rate, where = float(rates[at]), np.flatnonzero(far[at] > MOST_REACH)
+    first, last = p.losses[0], p.losses[quote[-1]]
     yield Finding(
         kind="update_too_large",
         severity="harm",
         layers=p.names(where if where.size else range(len(p.lines))),
         onset_step=onset,
-        cause="learning rate",
-        evidence={"reach": most, "learning_rate": rate, "loss": p.losses[quote[-1]], "first_loss": first},
+        cause=f"{DIVERGED}: learning rate" if diverged else "learning rate",
+        evidence={"reach": most, "learning_rate": rate, "loss": last, "first_loss": first},
         confidence=confidence,
-        remedy=f"lower the learning rate from {rate:.3g} to {less}, or warm it up",
+        remedy=f"lower the learning rate from {rate:.3g} to {rate / most / 10:.1g}, or warm it up",
         expected=f"reach of a step from {most:.2g} to {0.1:.1g}",
         source="reach, ours: u sqrt(fan_in) bounds the relative change of an output in one step",
-        sentence=f"Every step overwrites what it meets: it can move an output by {most:.2g} of itself.",
-        why=f"The loss went from {first:.3g} to {p.losses[quote[-1]]:.3g}.",
+        sentence=f"{'A' if diverged else 'Every'} step overwrites what it meets: "
+        f"it can move an output by {most:.2g} of itself.",
+        why=f"The loss went from {first:.3g} to {last:.3g}.",
     )
 
 

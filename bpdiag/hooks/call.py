@@ -196,8 +196,11 @@ def kept_by(x: Tensor, rule: type[Activation]) -> tuple[Tensor, ...] | None:
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
-    """Its weight, where it is a parameter that can be read: computed ones (weight_norm, pruning) cannot unasked."""
-    weight = module._parameters.get("weight")
+    """Its weight, where it is a parameter that can be read: computed ones (weight_norm, pruning) cannot unasked.
+
+    Of a recurrent cell the one between its steps.
+    """
+    weight = module._parameters.get("weight_hh" if isinstance(module, nn.RNNCellBase) else "weight")
     if weight is None or not weight.is_leaf or (type(weight) is not nn.Parameter and is_lazy(weight)):
         return None
     return weight
@@ -213,6 +216,8 @@ def is_foreign(module: nn.Module) -> bool:
 
 def fan_in(module: nn.Module) -> int | None:
     """Products summed into one output: N_in, or C_in/groups times the kernel.  None: no weight matrix that is known."""
+    if isinstance(module, nn.RNNCellBase):  # from one step to the next
+        return module.hidden_size
     if not isinstance(module, MATRIX):
         return None
     weight = module._parameters.get("weight")
