@@ -6,8 +6,9 @@ BIN := .venv/bin
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
+# On every core; a file's tests stay together, as they share what they train.
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: .venv
 	$(BIN)/ruff check .
