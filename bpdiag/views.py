@@ -349,7 +349,7 @@ def _gaps(trace: Trace, lines: list[int]) -> list[list[Any]]:
 def _provenance(run: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """Where the numbers come from: versions, optimizer, machine, and the command where a run of ours has kept it."""
     return {
-        "folder": str(run),
+        "folder": str(Path(*run.parts[-2:])),  # no more of the way to it: a page is given away
         "command": _command(run),
         "versions": meta.get("versions", {}),
         "machine": meta.get("machine", ""),

@@ -131,6 +131,16 @@ def test_a_sweep_ends_with_its_page(capsys):
 
 
 @pytest.mark.usefixtures("_empty_folder")
+def test_a_page_does_not_tell_where_on_the_machine_a_run_lies():
+    assert main(["training.steps=2", "model.width=8", "hydra.run.dir=a/b"]) == 0
+    run = report.Path("a/b").absolute()
+    page = report.write_html([run], "page.html").read_text()
+    assert str(run.parent) not in page
+    (detail,) = data(page)["details"].values()
+    assert detail["provenance"]["folder"] == "a/b"
+
+
+@pytest.mark.usefixtures("_empty_folder")
 def test_a_page_that_goes_wrong_costs_no_result(capsys, monkeypatch):
     def broken(runs, out):
         raise ValueError("no page today")
