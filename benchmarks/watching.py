@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,11 +91,11 @@ def alone(training: Training) -> Step:
     return training.step
 
 
-def watched(**options: object) -> Callable[[Training], Step]:
+def watched(**options: Any) -> Callable[[Training], Step]:
     """Under bpdiag.watch; the block is never left, as a training would not either."""
 
     def begin(training: Training) -> Step:
-        watching = bpdiag.watch(training.model, training.optimizer, **options)  # type: ignore[arg-type]
+        watching = bpdiag.watch(training.model, training.optimizer, **options)
         watching.__enter__()
         return lambda: training.step(watching.loss)
 

@@ -2,7 +2,7 @@
 
 import { diverging, ramp, special } from "./color.js";
 import { factor, finite, html, odd, percent, power, powerSvg } from "./format.js";
-import { $, arrow, draw, everyLabel, header, labels, name, patterns, ROOMY, segments, timeBar } from "./parts.js";
+import { $, draw, everyLabel, header, labels, name, patterns, ROOMY, segments, steered, timeBar } from "./parts.js";
 
 const fraction = (log) => factor(log, powerSvg);
 const times = (log) => (finite(log) ? html`× ${factor(log, powerSvg)}` : odd(log));
@@ -160,16 +160,7 @@ export function map(root, app) {
   host.onpointerleave = () => update();
   host.onpointerdown = (e) => { const at = cell(e); if (at) { [state.step, state.layer] = at; move(); update(); } };
   host.ondblclick = (e) => { if (cell(e)) app.go({ view: "chain" }); };
-  host.onkeydown = (e) => {
-    const way = arrow(e.key, count);
-    if (e.key === "Enter") app.go({ view: "chain" });
-    if (!way) return;
-    e.preventDefault();
-    state.step = Math.max(0, Math.min(count - 1, state.step + way[0]));
-    state.layer = Math.max(0, Math.min(n - 1, state.layer + way[1]));
-    move();
-    update(true);
-  };
+  host.onkeydown = steered(app, count, n, () => { move(); update(true); });
   update();
   const rows = [["step", "layer", state.show]];
   run.steps.forEach((step, i) => run.layers.forEach((layer, l) => rows.push([step, layer.name, run.peak(state.show, i, l)])));

@@ -148,6 +148,17 @@ export function timeBar(host, run, state, x0, x1, moved) {
 export const arrow = (key, count) =>
   ({ ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1], PageUp: [0, 5], PageDown: [0, -5], Home: [-count, 0], End: [count, 0] })[key] ?? null;
 
+/** What keys do over a grid of steps and layers: arrows choose, Enter opens the chain. */
+export const steered = (app, count, n, moved) => (e) => {
+  const way = arrow(e.key, count), { state } = app;
+  if (e.key === "Enter") app.go({ view: "chain" });
+  if (!way) return;
+  e.preventDefault();
+  state.step = Math.max(0, Math.min(count - 1, state.step + way[0]));
+  state.layer = Math.max(0, Math.min(n - 1, state.layer + way[1]));
+  moved();
+};
+
 /** Patterns for what is no number, in a picture. */
 export function patterns() {
   const forms = { dot: (c) => html`<circle cx="4" cy="4" r=".9" fill="${c}"/>`, ring: (c) => html`<circle cx="4" cy="4" r="1.6" fill="none" stroke="${c}"/>`, cross: (c) => html`<path d="M2.2 2.2l3.6 3.6M5.8 2.2l-3.6 3.6" stroke="${c}" stroke-width="1.1"/>` };

@@ -2,7 +2,7 @@
 
 import { factor, finite, fixed, html, percent, power, powerSvg } from "./format.js";
 import { reading } from "./map.js";
-import { $, arrow, draw, everyLabel, header, labels, patternOf, patterns, ROOMY, timeBar } from "./parts.js";
+import { $, draw, everyLabel, header, labels, patternOf, patterns, ROOMY, steered, timeBar } from "./parts.js";
 
 /** Owners of the ledger: color variable; what they are called. */
 export const OWNERS = { weights: ["--weights", "size of the weights"], slopes: ["--slopes", "slopes of the activation"], alignment: ["--alignment", "alignment"], other: ["--other", "norms, pools, the rest"] };
@@ -103,16 +103,7 @@ export function profile(root, app) {
   host.onpointerleave = () => update();
   host.onpointerdown = (e) => { const l = row(e); if (l !== null) { state.layer = l; update(); } };
   host.ondblclick = (e) => { if (row(e) !== null) app.go({ view: "chain" }); };
-  host.onkeydown = (e) => {
-    const way = arrow(e.key, count);
-    if (e.key === "Enter") app.go({ view: "chain" });
-    if (!way) return;
-    e.preventDefault();
-    state.step = Math.max(0, Math.min(count - 1, state.step + way[0]));
-    state.layer = Math.max(0, Math.min(n - 1, state.layer + way[1]));
-    move();
-    update(true);
-  };
+  host.onkeydown = steered(app, count, n, () => { move(); update(true); });
   update();
   const names = ["decades", "gain", "weight_factor", "slope_factor", ...Object.keys(OWNERS).map((o) => `takes_${o}`), "saturated", "dead", "update_ratio"];
   const rows = () => [["step", "layer", ...names], ...run.layers.map((layer, l) => [run.steps[state.step], layer.name, ...names.map((key) => run.at(key, state.step, l))])];
