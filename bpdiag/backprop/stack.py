@@ -1,0 +1,464 @@
+"""A stack: K networks of one shape trained at once, forward, backward sweep and update by hand.
+
+    forward   z_l = W_l a_{l-1} + b_l,   u_l = norm(z_l),   a_l = phi(u_l);   a_l = a_{l-1} + scale phi(u_l) in a block
+    backward  g_u = phi'(u) g_a,   g_z by the norm's rule,   g_a(l-1) = W_l^T g_z(l) (+ g_a(l) in a block)
+    update    G_l = g_z a_{l-1}^T, as soon as it is known
+
+One backward sweep yields the slope of every weight of every member, and each shared factor is computed once.
+
+Letters: K members, N features, B samples, L weight layers.  Feature-major: every activation is (K, N, B), every weight
+(K, N_out, N_in), so that nothing but the batch itself is ever transposed in memory.  Nothing of the size of an
+activation is allocated in a step, and the host reads nothing.  Members go through in chunks that a cache holds; what
+they compute does not depend on it, nor on their neighbors: an operation of a stack is K operations.
+
+Units: float32 ends at 1e-38, and a cotangent in a deep net does not.  The sweep is linear, so that of each layer and
+member may be multiplied by a power of two, which changes no bit but the exponent: its unit.  The velocity has it too;
+the rate and what is measured are divided by it.  ``look`` finds the units before the first step, and ``adjust``
+follows, on what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bpdiag.backprop.kernels import Kernel, kernel
+from bpdiag.backprop.layers import Layer, check, modules_of, parameters_of
+from bpdiag.backprop.meter import Meter, Numbers
+from bpdiag.backprop.update import Named, Optimizer, Parameter, Update
+from bpdiag.rules import Activation
+
+CHUNK = 2**24  # bytes of parameters, velocities and activations of the members that go through together
+FAR = 2.0**-30, 2.0**30  # rms of a cotangent in its unit; beyond, it gets another
+
+
+@dataclass
+class _Run:
+    """Neighbors with one activation: its kernel, their place in the chunk and in the stack."""
+
+    rule: type[Activation]
+    kernel: Kernel
+    here: slice
+    members: slice
+
+
+@dataclass
+class _Step:
+    """A layer of a chunk: every view that a step needs, made once."""
+
+    W: Parameter
+    WT: Tensor
+    b: Parameter
+    gamma: Parameter | None
+    beta: Parameter | None
+    z: Tensor  # of a normalized layer a buffer that others use too
+    xn: Tensor
+    u: Tensor  # what the activation reads
+    a: Tensor
+    out: Tensor  # what the next layer reads
+    outT: Tensor
+    g: list[Tensor]  # room for three cotangents
+    spare: Tensor
+    G: Tensor  # room for the gradient
+    spare_G: Tensor
+    r: Tensor | None = None  # of the norm
+
+
+@dataclass
+class _Chunk:
+    """Members that go through together, for one size of batch."""
+
+    members: slice
+    layers: list[_Step]
+    runs: list[_Run]
+    orders: list[tuple[slice, int]]  # neighbors that read the same batch, and which
+    reads: Tensor  # (k,) which batch each reads
+
+
+class Stack:
+    """K networks that ``bpdiag.model.build`` made, of one shape; their activations may differ.
+
+    Args:
+        nets: alike but for their numbers and their activation; left as they are until ``give_back``.
+        rules: the activation of each.
+        optimizer: with as many rates.
+        orders: which of the batches given to ``step`` each member reads; None: all the only one.
+        chunk_bytes: see CHUNK.
+
+    Raises:
+        UsageError: No net, nets that differ in shape, or a rule that learns.
+
+    Example:
+        >>> from bpdiag.config import ModelConfig
+        >>> from bpdiag.model import build
+        >>> from bpdiag.rules import ACTIVATIONS
+        >>> nets = [build(ModelConfig(depth=2, width=4), 3, 2, seed) for seed in range(2)]
+        >>> stack = Stack(nets, [ACTIVATIONS["relu"]] * 2, Optimizer([0.1, 0.2]))
+        >>> stack.step([torch.ones(5, 3)], [torch.zeros(5, dtype=torch.int64)])
+        >>> stack.losses.shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        nets: Sequence[nn.Module],
+        rules: Sequence[type[Activation]],
+        optimizer: Optimizer,
+        orders: Sequence[int] | None = None,
+        chunk_bytes: int = CHUNK,
+    ) -> None:
+        self.K, self.rules = len(nets), list(rules)
+        self.orders = [0] * self.K if orders is None else list(orders)
+        check(nets, self.rules, len(optimizer.rate), self.orders)
+        self.layers = parameters_of(nets, optimizer)
+        self.L, self.chunk_bytes = len(self.layers), chunk_bytes
+        first = self.layers[0].W.W
+        self._new: dict[str, Any] = {"dtype": first.dtype, "device": first.device}
+        self.update = Update(optimizer, first)
+        self.losses = torch.zeros(self.K, **self._new)
+        self.units = np.ones((self.L, self.K))
+        self._plan_units()
+        self._plans: dict[int, list[_Chunk]] = {}
+        self._buffers: dict[Any, Tensor] = {}
+
+    # ---- a step --------------------------------------------------------------------------------------
+
+    def step(self, xs: Sequence[Tensor], ys: Sequence[Tensor], meter: Meter | None = None) -> None:
+        """One step of every member; its loss is left in ``losses``.
+
+        Args:
+            xs: the batches, (B, N_0) each; ``orders`` says whose is which.
+            ys: their classes (B,).
+            meter: measures this step; changes nothing.
+        """
+        self._sweep(xs, ys, meter, training=True)
+
+    def look(self, xs: Sequence[Tensor], ys: Sequence[Tensor], meter: Meter, most: int = 32) -> Numbers:
+        """What a step would measure, every cotangent in a unit that holds it; without a step."""
+        for _ in range(most):
+            self._sweep(xs, ys, meter, training=False)
+            numbers = meter.read(self.units)
+            if not self.adjust(numbers):
+                break
+        meter.forget_silence()
+        return numbers
+
+    def adjust(self, numbers: Numbers) -> bool:
+        """New units, where what was measured has come near the ends of the old; whether there were any."""
+        before, units = self.units, self.units.copy()
+        for layer in range(self.L - 1, -1, -1):
+            norm = numbers["g_out", layer]
+            above = units[layer + 1] if layer + 1 < self.L else np.ones(self.K)
+            known = np.isfinite(norm) & (norm > 0)
+            rms = np.where(known, norm, 1.0) / math.sqrt(self.layers[layer].W.W.shape[1])
+            here = rms * before[layer]
+            fits = known & (here > FAR[0]) & (here < FAR[1])
+            units[layer] = np.where(fits, before[layer], np.where(known, np.exp2(-np.round(np.log2(rms))), above))
+        if (units == before).all():
+            return False
+        for layer, record in enumerate(self.layers):
+            if self.update.optimizer.accumulates and (units[layer] != before[layer]).any():
+                turned = self._column(units[layer] / before[layer])
+                for p in record.parameters():
+                    p.states[0].mul_(turned)
+        self.units = units
+        self._plan_units()
+        return True
+
+    def set_rate(self, rate: Sequence[float]) -> None:
+        """The learning rates from the next step on."""
+        self.update.set_rate(rate)
+        self._plan_units()
+
+    @torch.no_grad()
+    def give_back(self, member: int, net: nn.Module) -> None:
+        """Write a member's numbers into a net of its shape."""
+        for layer, (linear, norm, _) in zip(self.layers, modules_of(net), strict=True):
+            linear.weight.copy_(layer.W.W[member])
+            linear.bias.copy_(layer.b.W[member, :, 0])
+            if layer.norm is not None and norm is not None:
+                norm.weight.copy_(layer.norm.gamma[member, :, 0])
+                norm.bias.copy_(layer.norm.beta[member, :, 0])
+                if layer.norm.running:
+                    norm.running_mean.copy_(layer.norm.running[0][member, :, 0])
+                    norm.running_var.copy_(layer.norm.running[1][member, :, 0])
+                    norm.num_batches_tracked.fill_(self.update.steps)
+
+    # ---- the sweep -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _sweep(self, xs: Sequence[Tensor], ys: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
+        plan = self._plans.get(len(ys[0]))
+        if plan is None:
+            plan = self._plans[len(ys[0])] = self._plan(len(ys[0]))
+        if training:
+            self.update.begin()
+        if meter:
+            meter.begin(xs, self.orders)
+        columns = [x.t().contiguous() for x in xs]
+        targets = torch.stack(list(ys)).unsqueeze(1)
+        for chunk in plan:
+            self._forward(chunk, columns, meter, training)
+            self._loss(chunk, targets)
+            self._backward(chunk, xs, meter, training)
+
+    def _forward(self, chunk: _Chunk, columns: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
+        s, below = chunk.members, chunk.layers[0]
+        for number, (c, layer) in enumerate(zip(chunk.layers, self.layers, strict=True)):
+            if number:
+                torch.bmm(c.W.W, below.out, out=c.z)
+            else:
+                for here, order in chunk.orders:
+                    x = columns[order]
+                    torch.bmm(c.W.W[here], x.expand(here.stop - here.start, *x.shape), out=c.z[here])
+            c.z.add_(c.b.W)
+            if meter:
+                lengths = meter.size("z", number, s, c.z, c.spare)
+                meter.cosine(number, s, c.z, lengths, c.spare)
+            if number == self.L - 1:
+                return
+            if layer.norm:
+                c.r = layer.norm.forward(s, c.z, c.xn, c.u, training)
+                if meter:
+                    meter.size("u", number, s, c.u, c.spare)
+            for run in chunk.runs:
+                run.kernel.forward(c.u[run.here], c.a[run.here])
+            if meter:
+                meter.size("a", number, s, c.a, c.spare)
+                for run in chunk.runs:
+                    kept = c.u if run.kernel.keeps_input else c.a
+                    meter.slopes(number, run.members, kept[run.here], run.rule)
+            if layer.scale is not None:
+                torch.add(below.out, c.a, alpha=layer.scale, out=c.out)
+                if meter:
+                    meter.size("s", number, s, c.out, c.spare)
+            below = c
+
+    def _loss(self, chunk: _Chunk, targets: Tensor) -> None:
+        """C = mean_b(log sum exp z - z_y),  g_z = (softmax(z) - onehot(y)) / B: the rule ``CrossEntropy``."""
+        c = chunk.layers[-1]
+        g, at = c.g[0], targets[chunk.reads]
+        torch.log_softmax(c.z, 1, out=g)
+        torch.mean(g.gather(1, at), (1, 2), out=self.losses[chunk.members]).neg_()
+        g.exp_().scatter_add_(1, at, torch.full_like(g[:, :1], -1.0)).div_(g.shape[2])
+        turn = self._turn[-1]
+        if turn is not None:
+            g.mul_(turn[chunk.members])
+
+    def _backward(self, chunk: _Chunk, xs: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
+        s, room = chunk.members, 0
+        held: list[Named] = []  # gradients that wait for the norm of all of them
+        for number in range(self.L - 1, -1, -1):
+            c, layer = chunk.layers[number], self.layers[number]
+            g_out = g = c.g[room]
+            if meter:
+                meter.size("g_out", number, s, g, c.spare)
+            small: list[Named] = []
+            if number < self.L - 1:
+                if layer.scale is not None:  # a block's end: the skip needs g_out again
+                    room = (room + 1) % 3
+                    g = c.g[room] if layer.scale == 1 else torch.mul(g_out, layer.scale, out=c.g[room])
+                arriving = g_out if layer.scale in (None, 1) else g
+                for run in chunk.runs:
+                    kept = c.u if run.kernel.keeps_input else c.a
+                    run.kernel.vjp(arriving[run.here], kept[run.here], g[run.here])
+                if layer.norm and c.gamma and c.beta and c.r is not None:
+                    if meter:
+                        meter.size("g_u", number, s, g, c.spare)
+                    g_gamma, g_beta = layer.norm.vjp(s, g, c.xn, c.r, c.spare)
+                    small += [Named(c.gamma, g_gamma, "gamma", number), Named(c.beta, g_beta, "", number)]
+            if meter:
+                meter.size("g_z", number, s, g, c.spare)
+            if number:
+                room = (room + 1) % 3
+                self._onward(c, layer, chunk, number, g, g_out, room, meter)
+            if training:
+                small.append(Named(c.b, g.sum(2, keepdim=True), "", number))
+                held += self._learn(chunk, number, g, xs, small, meter)
+        if held:
+            self._clip(held, chunk, meter)
+
+    def _onward(
+        self,
+        c: _Step,
+        layer: Layer,
+        chunk: _Chunk,
+        number: int,
+        g: Tensor,
+        g_out: Tensor,
+        room: int,
+        meter: Meter | None,
+    ) -> None:
+        """The cotangent of what the layer read: by its weights, and past them in a block."""
+        onward = chunk.layers[number - 1].g[room]
+        if layer.scale is None:
+            torch.bmm(c.WT, g, out=onward)
+        else:
+            if meter:  # what the way through the weights alone carries
+                meter.size("edge", number, chunk.members, torch.bmm(c.WT, g, out=c.spare), onward)
+            torch.baddbmm(g_out, c.WT, g, out=onward)
+        turn = self._turn[number - 1]
+        if turn is not None:
+            onward.mul_(turn[chunk.members])
+
+    # ---- the update ----------------------------------------------------------------------------------
+
+    def _learn(
+        self, chunk: _Chunk, number: int, g: Tensor, xs: Sequence[Tensor], small: list[Named], meter: Meter | None
+    ) -> list[Named]:
+        """Update a layer; or return its gradients, where all of them must be known before any is used."""
+        c, optimizer = chunk.layers[number], self.update.optimizer
+        named: list[Named] = [Named(c.W, c.G, "W", number), *small]
+        if meter:
+            meter.distinct_rows(number, chunk.members, c.W.W)
+        if meter or not optimizer.accumulates:
+            self._product(chunk, number, g, xs, c.G, 0.0)
+        if meter:
+            for one in named:
+                meter.before(one, chunk.members)
+        if optimizer.accumulates:
+            per_unit = self._per_unit[number]
+            per_unit = None if per_unit is None else per_unit[chunk.members]
+            self._product(chunk, number, g, xs, c.W.states[0], optimizer.momentum)
+            self.update.descend(c.W, per_unit)
+            for one in small:
+                self.update.accumulate(one.p, one.G, per_unit)
+        else:
+            back = self._back[number]
+            if back is not None:
+                for one in named:
+                    one.G.mul_(back[chunk.members])
+            if optimizer.clip:
+                return named
+            for one in named:
+                self.update.apply(one.p, one.G, c.spare_G)
+        if meter:
+            for one in named:
+                meter.after(one, chunk.members)
+        return []
+
+    def _product(self, chunk: _Chunk, number: int, g: Tensor, xs: Sequence[Tensor], out: Tensor, beta: float) -> None:
+        """G = g a^T + beta G."""
+        if number:
+            torch.baddbmm(out, g, chunk.layers[number - 1].outT, beta=beta, out=out)
+            return
+        for here, order in chunk.orders:
+            x = xs[order]
+            torch.baddbmm(out[here], g[here], x.expand(here.stop - here.start, *x.shape), beta=beta, out=out[here])
+
+    def _clip(self, held: Sequence[Named], chunk: _Chunk, meter: Meter | None) -> None:
+        """G = G min(1, most / |G|), |G| over all parameters of a member, as torch's ``clip_grad_norm_``; then a step."""
+        sizes = torch.stack([torch.linalg.vector_norm(one.G, dim=(1, 2)) for one in held])
+        total = torch.linalg.vector_norm(sizes, dim=0).view(-1, 1, 1)
+        factor = (self._most[chunk.members] / (total + 1e-6)).clamp_(max=1)
+        if meter:
+            meter.clipped(chunk.members, factor.flatten())
+        for one in held:
+            self.update.apply(one.p, one.G.mul_(factor), chunk.layers[one.layer].spare_G)
+            if meter:
+                meter.after(one, chunk.members)
+
+    # ---- plans ---------------------------------------------------------------------------------------
+
+    def _plan_units(self) -> None:
+        """What the units and the rates come to, on the device."""
+        above = np.vstack([self.units[1:], np.ones(self.K)])
+        rate = np.array(self.update.host_rate)
+
+        def unless(numbers: np.ndarray, needed: np.ndarray) -> Tensor | None:
+            return self._column(numbers) if needed.any() else None
+
+        used = self.units != 1
+        self._turn = [unless(u / a, u != a) for u, a in zip(self.units, above, strict=True)]
+        self._back = [unless(1 / u, n) for u, n in zip(self.units, used, strict=True)]
+        self._per_unit = [unless(rate / u, n) for u, n in zip(self.units, used, strict=True)]
+        if self.update.optimizer.clip:
+            self._most = self._column(np.array(self.update.optimizer.clip))
+
+    def _column(self, numbers: np.ndarray) -> Tensor:
+        """(K, 1, 1)."""
+        return torch.from_numpy(numbers).to(**self._new).view(-1, 1, 1)
+
+    def _plan(self, batch: int) -> list[_Chunk]:
+        """Every view that a step of this size of batch needs."""
+        widths = [layer.W.W.shape[1] for layer in self.layers]
+        numbers = sum(layer.W.W[0].numel() * 2 for layer in self.layers) + batch * sum(widths)
+        size = max(1, self.chunk_bytes // (numbers * self.layers[0].W.W.element_size()))
+        count = -(-self.K // size)
+        ends = [round(self.K * i / count) for i in range(count + 1)]
+        widest = max(stop - start for start, stop in zip(ends, ends[1:], strict=False))
+        return [self._chunk(slice(*ends[i : i + 2]), batch, widest) for i in range(count)]
+
+    def _chunk(self, members: slice, batch: int, widest: int) -> _Chunk:
+        n, top = members.stop - members.start, max(layer.W.W.shape[1] for layer in self.layers)
+
+        def room(name: Any, rows: int, columns: int, largest: int) -> Tensor:
+            """(n, rows, columns) of a buffer that every chunk uses."""
+            needed = widest * largest
+            if name not in self._buffers or self._buffers[name].numel() < needed:
+                self._buffers[name] = torch.empty(needed, **self._new)
+            return self._buffers[name][: n * rows * columns].view(n, rows, columns)
+
+        runs = [
+            _Run(rule, kernel(rule), here, slice(members.start + here.start, members.start + here.stop))
+            for here, rule in _neighbors(self.rules[members])
+        ]
+        apart = any(run.kernel.keeps_input for run in runs)
+        largest = max(layer.W.W[0].numel() for layer in self.layers)
+        steps = []
+        for number, layer in enumerate(self.layers):
+            _, N, M = layer.W.W.shape
+            of_width = (N, batch, N * batch)
+            z = room("z" if layer.norm else ("z", number), *of_width[:2], top * batch if layer.norm else N * batch)
+            u = room(("u", number), *of_width) if layer.norm else z
+            a = room(("a", number), *of_width) if apart and number < self.L - 1 else u
+            out = room(("out", number), *of_width) if layer.scale is not None else a
+            W, b = layer.W.of(members), layer.b.of(members)
+            steps.append(
+                _Step(
+                    W=W,
+                    WT=W.W.transpose(1, 2),
+                    b=b,
+                    gamma=layer.gamma.of(members) if layer.gamma else None,
+                    beta=layer.beta.of(members) if layer.beta else None,
+                    z=z,
+                    xn=room(("xn", number), *of_width) if layer.norm else z,
+                    u=u,
+                    a=a,
+                    out=out,
+                    outT=out.transpose(1, 2),
+                    g=[room(("g", i), N, batch, top * batch) for i in range(3)],
+                    spare=room("spare", N, batch, top * batch),
+                    G=room(("G", number if self.update.optimizer.clip else 0), N, M, largest),
+                    spare_G=room("spare G", N, M, largest),
+                )
+            )
+        return _Chunk(
+            members,
+            steps,
+            runs,
+            _neighbors(self.orders[members]),
+            torch.tensor(self.orders[members], device=self._new["device"]),
+        )
+
+
+def _neighbors(things: Sequence[Any]) -> list[tuple[slice, Any]]:
+    """Where equal things stand next to each other.
+
+    Example:
+        >>> _neighbors("aab")
+        [(slice(0, 2, None), 'a'), (slice(2, 3, None), 'b')]
+    """
+    found, start = [], 0
+    for thing, group in groupby(things):
+        stop = start + len(list(group))
+        found.append((slice(start, stop), thing))
+        start = stop
+    return found
