@@ -23,14 +23,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bpdiag.backprop.kernels import Kernel, kernel
-from bpdiag.backprop.layers import Layer, check, modules_of, parameters_of
+from bpdiag.backprop.layers import check, modules_of, parameters_of
 from bpdiag.backprop.meter import Meter, Numbers
 from bpdiag.backprop.update import Named, Optimizer, Parameter, Update
 from bpdiag.rules import Activation
@@ -39,14 +39,28 @@ CHUNK = 2**24  # bytes of parameters, velocities and activations of the members 
 FAR = 2.0**-30, 2.0**30  # rms of a cotangent in its unit; beyond, it gets another
 
 
-@dataclass
-class _Run:
-    """Neighbors with one activation: its kernel, their place in the chunk and in the stack."""
+class _Run(NamedTuple):
+    """Neighbors of a chunk with one activation, in one layer: its kernel, what it reads and writes."""
 
     rule: type[Activation]
     kernel: Kernel
-    here: slice
     members: slice
+    u: Tensor
+    a: Tensor
+    kept: Tensor
+    g: list[Tensor]
+
+
+class _Reading(NamedTuple):
+    """Neighbors of a chunk that read the same batch, in the first layer."""
+
+    order: int
+    number: int
+    W: Tensor
+    z: Tensor
+    V: Tensor
+    G: Tensor
+    g: list[Tensor]
 
 
 @dataclass
@@ -68,6 +82,10 @@ class _Step:
     spare: Tensor
     G: Tensor  # room for the gradient
     spare_G: Tensor
+    runs: list[_Run]
+    rate: Tensor  # (k, 1, 1), divided by the unit
+    turn: Tensor | None = None  # what a cotangent is multiplied by where it enters the layer
+    back: Tensor | None = None  # 1 / unit
     r: Tensor | None = None  # of the norm
 
 
@@ -77,8 +95,7 @@ class _Chunk:
 
     members: slice
     layers: list[_Step]
-    runs: list[_Run]
-    orders: list[tuple[slice, int]]  # neighbors that read the same batch, and which
+    first: list[_Reading]
     reads: Tensor  # (k,) which batch each reads
 
 
@@ -124,7 +141,6 @@ class Stack:
         self.update = Update(optimizer, first)
         self.losses = torch.zeros(self.K, **self._new)
         self.units = np.ones((self.L, self.K))
-        self._plan_units()
         self._plans: dict[int, list[_Chunk]] = {}
         self._buffers: dict[Any, Tensor] = {}
 
@@ -215,9 +231,9 @@ class Stack:
             if number:
                 torch.bmm(c.W.W, below.out, out=c.z)
             else:
-                for here, order in chunk.orders:
-                    x = columns[order]
-                    torch.bmm(c.W.W[here], x.expand(here.stop - here.start, *x.shape), out=c.z[here])
+                for one in chunk.first:
+                    x = columns[one.order]
+                    torch.bmm(one.W, x.expand(one.number, *x.shape), out=one.z)
             c.z.add_(c.b.W)
             if meter:
                 lengths = meter.size("z", number, s, c.z, c.spare)
@@ -228,13 +244,12 @@ class Stack:
                 c.r = layer.norm.forward(s, c.z, c.xn, c.u, training)
                 if meter:
                     meter.size("u", number, s, c.u, c.spare)
-            for run in chunk.runs:
-                run.kernel.forward(c.u[run.here], c.a[run.here])
+            for run in c.runs:
+                run.kernel.forward(run.u, run.a)
             if meter:
                 meter.size("a", number, s, c.a, c.spare)
-                for run in chunk.runs:
-                    kept = c.u if run.kernel.keeps_input else c.a
-                    meter.slopes(number, run.members, kept[run.here], run.rule)
+                for run in c.runs:
+                    meter.slopes(number, run.members, run.kept, run.rule)
             if layer.scale is not None:
                 torch.add(below.out, c.a, alpha=layer.scale, out=c.out)
                 if meter:
@@ -248,70 +263,61 @@ class Stack:
         torch.log_softmax(c.z, 1, out=g)
         torch.mean(g.gather(1, at), (1, 2), out=self.losses[chunk.members]).neg_()
         g.exp_().scatter_add_(1, at, torch.full_like(g[:, :1], -1.0)).div_(g.shape[2])
-        turn = self._turn[-1]
-        if turn is not None:
-            g.mul_(turn[chunk.members])
+        if c.turn is not None:
+            g.mul_(c.turn)
 
     def _backward(self, chunk: _Chunk, xs: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
         s, room = chunk.members, 0
         held: list[Named] = []  # gradients that wait for the norm of all of them
         for number in range(self.L - 1, -1, -1):
             c, layer = chunk.layers[number], self.layers[number]
-            g_out = g = c.g[room]
+            g_out, arrived = c.g[room], room
             if meter:
-                meter.size("g_out", number, s, g, c.spare)
+                meter.size("g_out", number, s, g_out, c.spare)
             small: list[Named] = []
             if number < self.L - 1:
                 if layer.scale is not None:  # a block's end: the skip needs g_out again
                     room = (room + 1) % 3
-                    g = c.g[room] if layer.scale == 1 else torch.mul(g_out, layer.scale, out=c.g[room])
-                arriving = g_out if layer.scale in (None, 1) else g
-                for run in chunk.runs:
-                    kept = c.u if run.kernel.keeps_input else c.a
-                    run.kernel.vjp(arriving[run.here], kept[run.here], g[run.here])
+                    if layer.scale != 1:
+                        torch.mul(g_out, layer.scale, out=c.g[room])
+                        arrived = room
+                for run in c.runs:
+                    run.kernel.vjp(run.g[arrived], run.kept, run.g[room])
                 if layer.norm and c.gamma and c.beta and c.r is not None:
                     if meter:
-                        meter.size("g_u", number, s, g, c.spare)
-                    g_gamma, g_beta = layer.norm.vjp(s, g, c.xn, c.r, c.spare)
+                        meter.size("g_u", number, s, c.g[room], c.spare)
+                    g_gamma, g_beta = layer.norm.vjp(s, c.g[room], c.xn, c.r, c.spare)
                     small += [Named(c.gamma, g_gamma, "gamma", number), Named(c.beta, g_beta, "", number)]
+            g = c.g[room]
             if meter:
                 meter.size("g_z", number, s, g, c.spare)
+            held_room = room
             if number:
                 room = (room + 1) % 3
-                self._onward(c, layer, chunk, number, g, g_out, room, meter)
+                self._onward(chunk, number, g, g_out, room, meter)
             if training:
                 small.append(Named(c.b, g.sum(2, keepdim=True), "", number))
-                held += self._learn(chunk, number, g, xs, small, meter)
+                held += self._learn(chunk, number, held_room, xs, small, meter)
         if held:
             self._clip(held, chunk, meter)
 
-    def _onward(
-        self,
-        c: _Step,
-        layer: Layer,
-        chunk: _Chunk,
-        number: int,
-        g: Tensor,
-        g_out: Tensor,
-        room: int,
-        meter: Meter | None,
-    ) -> None:
-        """The cotangent of what the layer read: by its weights, and past them in a block."""
-        onward = chunk.layers[number - 1].g[room]
-        if layer.scale is None:
+    def _onward(self, chunk: _Chunk, number: int, g: Tensor, g_out: Tensor, room: int, meter: Meter | None) -> None:
+        """The cotangent of what a layer read: by its weights, and past them in a block."""
+        c, below = chunk.layers[number], chunk.layers[number - 1]
+        onward = below.g[room]
+        if self.layers[number].scale is None:
             torch.bmm(c.WT, g, out=onward)
         else:
             if meter:  # what the way through the weights alone carries
                 meter.size("edge", number, chunk.members, torch.bmm(c.WT, g, out=c.spare), onward)
             torch.baddbmm(g_out, c.WT, g, out=onward)
-        turn = self._turn[number - 1]
-        if turn is not None:
-            onward.mul_(turn[chunk.members])
+        if below.turn is not None:
+            onward.mul_(below.turn)
 
     # ---- the update ----------------------------------------------------------------------------------
 
     def _learn(
-        self, chunk: _Chunk, number: int, g: Tensor, xs: Sequence[Tensor], small: list[Named], meter: Meter | None
+        self, chunk: _Chunk, number: int, room: int, xs: Sequence[Tensor], small: list[Named], meter: Meter | None
     ) -> list[Named]:
         """Update a layer; or return its gradients, where all of them must be known before any is used."""
         c, optimizer = chunk.layers[number], self.update.optimizer
@@ -319,22 +325,19 @@ class Stack:
         if meter:
             meter.distinct_rows(number, chunk.members, c.W.W)
         if meter or not optimizer.accumulates:
-            self._product(chunk, number, g, xs, c.G, 0.0)
+            self._product(chunk, number, room, xs, None)
         if meter:
             for one in named:
                 meter.before(one, chunk.members)
         if optimizer.accumulates:
-            per_unit = self._per_unit[number]
-            per_unit = None if per_unit is None else per_unit[chunk.members]
-            self._product(chunk, number, g, xs, c.W.states[0], optimizer.momentum)
-            self.update.descend(c.W, per_unit)
+            self._product(chunk, number, room, xs, optimizer.momentum)
+            self.update.descend(c.W, c.rate)
             for one in small:
-                self.update.accumulate(one.p, one.G, per_unit)
+                self.update.accumulate(one.p, one.G, c.rate)
         else:
-            back = self._back[number]
-            if back is not None:
+            if c.back is not None:
                 for one in named:
-                    one.G.mul_(back[chunk.members])
+                    one.G.mul_(c.back)
             if optimizer.clip:
                 return named
             for one in named:
@@ -344,20 +347,28 @@ class Stack:
                 meter.after(one, chunk.members)
         return []
 
-    def _product(self, chunk: _Chunk, number: int, g: Tensor, xs: Sequence[Tensor], out: Tensor, beta: float) -> None:
-        """G = g a^T + beta G."""
+    def _product(self, chunk: _Chunk, number: int, room: int, xs: Sequence[Tensor], mu: float | None) -> None:
+        """V = mu V + g a^T; without mu G = g a^T."""
+        c = chunk.layers[number]
         if number:
-            torch.baddbmm(out, g, chunk.layers[number - 1].outT, beta=beta, out=out)
+            aT = chunk.layers[number - 1].outT
+            if mu is None:
+                torch.bmm(c.g[room], aT, out=c.G)
+            else:
+                torch.baddbmm(c.W.states[0], c.g[room], aT, beta=mu, out=c.W.states[0])
             return
-        for here, order in chunk.orders:
-            x = xs[order]
-            torch.baddbmm(out[here], g[here], x.expand(here.stop - here.start, *x.shape), beta=beta, out=out[here])
+        for one in chunk.first:
+            x = xs[one.order].expand(one.number, *xs[one.order].shape)
+            if mu is None:
+                torch.bmm(one.g[room], x, out=one.G)
+            else:
+                torch.baddbmm(one.V, one.g[room], x, beta=mu, out=one.V)
 
     def _clip(self, held: Sequence[Named], chunk: _Chunk, meter: Meter | None) -> None:
         """G = G min(1, most / |G|), |G| over all parameters of a member, as torch's ``clip_grad_norm_``; then a step."""
         sizes = torch.stack([torch.linalg.vector_norm(one.G, dim=(1, 2)) for one in held])
         total = torch.linalg.vector_norm(sizes, dim=0).view(-1, 1, 1)
-        factor = (self._most[chunk.members] / (total + 1e-6)).clamp_(max=1)
+        factor = (self.update.most[chunk.members] / (total + 1e-6)).clamp_(max=1)
         if meter:
             meter.clipped(chunk.members, factor.flatten())
         for one in held:
@@ -368,19 +379,20 @@ class Stack:
     # ---- plans ---------------------------------------------------------------------------------------
 
     def _plan_units(self) -> None:
-        """What the units and the rates come to, on the device."""
-        above = np.vstack([self.units[1:], np.ones(self.K)])
-        rate = np.array(self.update.host_rate)
+        """What the units and the rates come to, in every plan."""
+        for plan in self._plans.values():
+            for chunk in plan:
+                self._set_units(chunk)
 
-        def unless(numbers: np.ndarray, needed: np.ndarray) -> Tensor | None:
-            return self._column(numbers) if needed.any() else None
-
-        used = self.units != 1
-        self._turn = [unless(u / a, u != a) for u, a in zip(self.units, above, strict=True)]
-        self._back = [unless(1 / u, n) for u, n in zip(self.units, used, strict=True)]
-        self._per_unit = [unless(rate / u, n) for u, n in zip(self.units, used, strict=True)]
-        if self.update.optimizer.clip:
-            self._most = self._column(np.array(self.update.optimizer.clip))
+    def _set_units(self, chunk: _Chunk) -> None:
+        s = chunk.members
+        rate = np.array(self.update.host_rate)[s]
+        above = np.ones_like(rate)
+        for c, units in zip(reversed(chunk.layers), self.units[::-1, s], strict=True):
+            c.turn = self._column(units / above) if (units != above).any() else None
+            c.back = self._column(1 / units) if (units != 1).any() else None
+            c.rate = self._column(rate / units)
+            above = units
 
     def _column(self, numbers: np.ndarray) -> Tensor:
         """(K, 1, 1)."""
@@ -406,11 +418,8 @@ class Stack:
                 self._buffers[name] = torch.empty(needed, **self._new)
             return self._buffers[name][: n * rows * columns].view(n, rows, columns)
 
-        runs = [
-            _Run(rule, kernel(rule), here, slice(members.start + here.start, members.start + here.stop))
-            for here, rule in _neighbors(self.rules[members])
-        ]
-        apart = any(run.kernel.keeps_input for run in runs)
+        alike = [(here, rule, kernel(rule)) for here, rule in _neighbors(self.rules[members])]
+        apart = any(its.keeps_input for _, _, its in alike)
         largest = max(layer.W.W[0].numel() for layer in self.layers)
         steps = []
         for number, layer in enumerate(self.layers):
@@ -421,6 +430,19 @@ class Stack:
             a = room(("a", number), *of_width) if apart and number < self.L - 1 else u
             out = room(("out", number), *of_width) if layer.scale is not None else a
             W, b = layer.W.of(members), layer.b.of(members)
+            g = [room(("g", i), N, batch, top * batch) for i in range(3)]
+            runs = [
+                _Run(
+                    rule,
+                    its,
+                    slice(members.start + here.start, members.start + here.stop),
+                    u[here],
+                    a[here],
+                    (u if its.keeps_input else a)[here],
+                    [x[here] for x in g],
+                )
+                for here, rule, its in alike
+            ]
             steps.append(
                 _Step(
                     W=W,
@@ -434,19 +456,30 @@ class Stack:
                     a=a,
                     out=out,
                     outT=out.transpose(1, 2),
-                    g=[room(("g", i), N, batch, top * batch) for i in range(3)],
+                    g=g,
                     spare=room("spare", N, batch, top * batch),
                     G=room(("G", number if self.update.optimizer.clip else 0), N, M, largest),
                     spare_G=room("spare G", N, M, largest),
+                    runs=runs,
+                    rate=self.update.rate[members],
                 )
             )
-        return _Chunk(
-            members,
-            steps,
-            runs,
-            _neighbors(self.orders[members]),
-            torch.tensor(self.orders[members], device=self._new["device"]),
-        )
+        c = steps[0]
+        first = [
+            _Reading(
+                order,
+                here.stop - here.start,
+                c.W.W[here],
+                c.z[here],
+                c.W.states[0][here],
+                c.G[here],
+                [x[here] for x in c.g],
+            )
+            for here, order in _neighbors(self.orders[members])
+        ]
+        chunk = _Chunk(members, steps, first, torch.tensor(self.orders[members], device=self._new["device"]))
+        self._set_units(chunk)
+        return chunk
 
 
 def _neighbors(things: Sequence[Any]) -> list[tuple[slice, Any]]:

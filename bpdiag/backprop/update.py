@@ -89,6 +89,7 @@ class Update:
         self.set_rate(optimizer.rate)
         self._decay = self._column(optimizer.decay) if any(optimizer.decay) else None
         self._eps = self._column(optimizer.eps or [1e-8] * len(optimizer.rate))
+        self.most = self._column(optimizer.clip)
         self._alike = all(len(set(x)) < 2 for x in (optimizer.decay, optimizer.eps))
 
     def set_rate(self, rate: Sequence[float]) -> None:
@@ -102,14 +103,14 @@ class Update:
         """A step."""
         self.steps += 1
 
-    def descend(self, p: Parameter, per_unit: Tensor | None) -> None:
-        """W -= rate V;  ``per_unit``: rate / unit, where V is in a unit of its own."""
-        p.W.addcmul_(p.states[0], self.rate[p.members] if per_unit is None else per_unit, value=-1)
+    def descend(self, p: Parameter, rate: Tensor) -> None:
+        """W -= rate V;  where V is in a unit of its own, the rate is divided by it."""
+        p.W.addcmul_(p.states[0], rate, value=-1)
 
-    def accumulate(self, p: Parameter, G: Tensor, per_unit: Tensor | None) -> None:
+    def accumulate(self, p: Parameter, G: Tensor, rate: Tensor) -> None:
         """V = mu V + G and W -= rate V, of a gradient that is no product: a bias's."""
         torch.add(G, p.states[0], alpha=self.optimizer.momentum, out=p.states[0])
-        self.descend(p, per_unit)
+        self.descend(p, rate)
 
     def apply(self, p: Parameter, G: Tensor, spare: Tensor) -> None:
         """A step by the gradient G, which is overwritten; ``spare``: room as large."""
