@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bpdiag
-from bpdiag import diagnosis, hooks, terminal
+from bpdiag import diagnosis, hooks, terminal, views
 from bpdiag.config import UsageError, dotted
 from bpdiag.dashboard.writer import TensorBoardWriter
 from bpdiag.trace import Trace, TraceWriter
@@ -194,6 +195,7 @@ class Watch:
             if self._board is not None and self._log is not None:
                 findings = self._findings()
                 diagnosis.write(self.trace, findings, self._log)
+                views.keep(Path(self._log))
                 self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
                 self._tell_settings(findings)
         finally:

@@ -16,8 +16,9 @@ LONGEST = 600  # lines
 CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),
     "config": (set(), set()),
-    "sketch": (set(), set()),
-    "trace": ({"sketch"}, {"numpy", "pyarrow"}),
+    "sketch": (set(), {"numpy"}),
+    "tables": (set(), {"pyarrow"}),
+    "trace": ({"sketch", "tables"}, {"numpy", "pyarrow"}),
     # maths
     "chain": (set(), set()),
     "rules": (set(), {"torch"}),
@@ -39,7 +40,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "figure": ({"diagnosis"}, {"numpy", "matplotlib"}),
     "report": ({"views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
-    "bridge": ({"lesson"}, set()),
+    "bridge": ({"lesson"}, {"numpy"}),
     "results": ({"diagnosis"}, {"pyarrow"}),
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
@@ -47,7 +48,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"meanfield", "rules", "statistics", "initialization", "model", "data", "diagnosis"},
         {"torch", "numpy"},
     ),
-    "session": ({"hooks", "diagnosis", "dashboard", "terminal", "__init__"}, {"torch"}),
+    "session": ({"hooks", "diagnosis", "views", "dashboard", "terminal", "__init__"}, {"torch"}),
     "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
         {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
@@ -78,7 +79,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }
 STOREYS = [
-    ["sketch"],
+    ["sketch", "tables"],
     ["config", "trace", "__init__"],
     ["chain", "rules", "statistics"],
     ["modules", "initialization", "meanfield"],
