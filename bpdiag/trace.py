@@ -238,7 +238,7 @@ class Trace:
         with _damage_told(here):
             # listed before the layer table is read: a run still going on only adds to it
             files, told = (sorted(here.glob(f"{kind}-*.parquet")) for kind in ("part", "steps"))
-            every = tables.joined(_STEPS, [tables.read(path, ("step",)) for path in told])
+            every = tables.joined(STEPS, [tables.read(path, ("step",)) for path in told])
             gaps = [
                 Missing(**line) for path in here.glob("missing.parquet") for line in pq.read_table(path).to_pylist()
             ]
@@ -249,7 +249,7 @@ class Trace:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
         for path in files or [None]:
             with _damage_told(here):
-                table = tables.read(path, KEYS, columns) if path else _ROWS.empty_table()
+                table = tables.read(path, KEYS, columns) if path else ROWS.empty_table()
             lacking -= table.num_rows
             part = cls(table, every, layers, gaps, meta)
             yield part if steps is None else part.only(steps)
@@ -260,7 +260,7 @@ class Trace:
     def joined(cls, parts: Iterable[Trace]) -> Trace:
         """Parts of one trace as a whole one."""
         first, *others = parts
-        return dataclasses.replace(first, table=tables.joined(_ROWS, [first.table, *(part.table for part in others)]))
+        return dataclasses.replace(first, table=tables.joined(ROWS, [first.table, *(part.table for part in others)]))
 
     def only(self, steps: Any) -> Trace:
         """The same of these sampled steps."""
@@ -390,13 +390,13 @@ class Trace:
         return [i for i, layer in enumerate(self.layers) if layer.is_weight_layer]
 
 
-_ROWS = pa.schema(
+ROWS = pa.schema(
     [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
     + [(name, pa.float64()) for name in COLUMNS]
     + [(name, pa.list_(pa.float64())) for name in ("edge_gain", "gap_gain")]
 )
 _NUMBERS = ("loss", "learning_rate", "loss_scale")
-_STEPS = pa.schema(
+STEPS = pa.schema(
     [
         ("step", pa.int64()),
         *((name, pa.float64()) for name in (*_NUMBERS, *TARGET)),
@@ -432,6 +432,7 @@ class TraceWriter:
         self._missing: dict[tuple[str, int, str, str], list[tuple[int, int]]] = {}
         self._samples, self._parts, self._written = 0, 0, time.monotonic()
         self._last_sampled: int | None = None
+        self._told: list[Missing] = []  # with the parts that were appended
         self._total = 0  # rows written
         self.folder = None
         pa.array([])  # at its first list pyarrow imports pandas, if it is there: now, not in the middle of a training
@@ -482,17 +483,26 @@ class TraceWriter:
         rows, steps = self._pending()
         stored = Trace.load(self.folder) if self.folder else None
         parts, kept_steps = ([stored.table], [stored.steps_table]) if stored else self._kept
-        table, steps_table = tables.joined(_ROWS, [*parts, rows]), tables.joined(_STEPS, [*kept_steps, steps])
+        table, steps_table = tables.joined(ROWS, [*parts, rows]), tables.joined(STEPS, [*kept_steps, steps])
         return Trace(table, steps_table, list(self.layers), self._spans(), dict(self.meta))
 
     def _pending(self) -> tuple[pa.Table, pa.Table]:
         return (
-            pa.Table.from_pylist(self._rows, schema=_ROWS),
-            pa.Table.from_pylist([self._steps[step] for step in sorted(self._steps)], schema=_STEPS),
+            pa.Table.from_pylist(self._rows, schema=ROWS),
+            pa.Table.from_pylist([self._steps[step] for step in sorted(self._steps)], schema=STEPS),
         )
 
+    def append(self, part: Trace) -> None:
+        """Many samples as one part, with all that is missing so far: from whoever measures many runs at once."""
+        if self.folder and self.layers != part.layers:
+            _write_meta(self.meta, part.layers, self.folder)
+        self.layers, self._told = part.layers, part.missing
+        self._keep(part.table, part.steps_table)
+
     def _part(self) -> None:
-        rows, steps = self._pending()
+        self._keep(*self._pending())
+
+    def _keep(self, rows: pa.Table, steps: pa.Table) -> None:
         if self.folder:
             self._total += rows.num_rows
             if rows.num_rows:
@@ -507,11 +517,12 @@ class TraceWriter:
         self._parts, self._written = self._parts + 1, time.monotonic()
 
     def _spans(self) -> list[Missing]:
-        return [
+        found = [
             Missing(name, call, column, first, last, reason)
             for (name, call, column, reason), spans in self._missing.items()
             for first, last in spans
         ]
+        return [*self._told, *found]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -136,6 +136,10 @@ class Meter:
         self._numbers = {key: x for key, x in self._numbers.items() if key[0] != "distinct"}
         return told
 
+    def has_samples(self, key: Key) -> bool:
+        """Whether ``strangers`` can be asked of it."""
+        return key in self._lengths
+
     def strangers(self, key: Key, member: int) -> tuple[np.ndarray, np.ndarray]:
         """(B,) bool each: samples that hold a nan, and an infinity."""
         lengths = self._lengths[key][member].cpu().numpy()
