@@ -46,9 +46,9 @@ SINGLES = [Candidate("norm", "normalization"), Candidate("start", "initializatio
 
 
 class Scripted(Search):
-    """Trials that come to what ``told`` says: name -> loss, by seed and, last, at twice the rate; 2.3 where it is silent.
+    """Trials that come to the loss that ``told`` has for a name and seed, or 2.3.
 
-    Where the fourth is not given it is the first.
+    Its fourth is that of the first seed at twice the rate; without one it is the same.
     """
 
     def __init__(self, told: dict[str, list[float]], stop_at: int | None = None, **terms: float) -> None:
@@ -87,6 +87,22 @@ def test_rate_and_depth_are_mended_together_where_neither_suffices():
     cure = search.run()
     assert cure.recommended.name == "norm, slow"
     assert {name for name, _, _ in search.trials} >= {"norm, slow", "start, slow"}
+
+
+def test_who_does_not_learn_at_twice_its_rate_is_slowed_down():
+    search = Scripted({"start": [0.4, 0.4, 0.4, 2.3], "start, slow": [0.5] * 3})
+    cure = search.run()
+    assert cure.recommended.name == "start, slow"
+    assert "start: at twice its rate it does not learn" in cure.notes[0]
+    assert "norm, slow" not in {name for name, _, _ in search.trials}
+    assert Scripted({"start": [0.4, 0.4, 0.4, 2.0], "start, slow": [0.5] * 3}).run().recommended.name == "start"
+
+
+def test_pairs_are_raced_where_no_single_change_has_halved_the_loss_by_then():
+    told = {"start": [1.1] * 3, "start, slow": [0.4] * 3}
+    assert Scripted(told).run().recommended.name == "start"
+    told["start"] = [1.2] * 3
+    assert Scripted(told).run().recommended.name == "start, slow"
 
 
 def test_what_did_not_work_is_not_recommended():

@@ -1,10 +1,10 @@
 """Which of many changes mends a training: one step for all, more for the better, three seeds for the best.
 
 Successive halving.  After its first step a change is dropped at which the harm is found still.  The others train for
-S/16 steps, the better quarter of all for S/4.  Who has halved the loss by then is trained for all S, the gentlest of the
-best first, on one seed after the other; but before that for S/4 at twice its rate, and dropped if it does not learn
-there: what works at the edge of stability only works on some seeds.  Where no single change passes, those that let the
-gradient through are raced again, each with a change of the pace.
+S/16 steps, the better quarter of them for S/4.  Who has halved the loss by then is trained for all S, the gentlest of
+the best first, on one seed after the other; but before that for S/4 at twice its rate, and dropped if it does not learn
+there: what works only just inside the edge of stability works on some seeds and not on others.  Where no single change
+passes, those that let the gradient through are raced again, each with a change of the pace.
 
 Source:
     Jamieson & Talwalkar 2016 (successive halving); LeCun et al. 1998, section 5 (on a parabola the best rate is half of
@@ -221,9 +221,9 @@ class Search:
             self._first_that_passes([a for a in singles if a not in sure] + self._race(self._pairs(singles)))
 
     def _pairs(self, on_course: Sequence[Candidate]) -> list[Candidate]:
-        """Those at the edge, slowed down; else of the changes of what flows those on course, then those nearest to it."""
+        """Of the changes of what flows those at the edge, slowed down; else those on course, then the nearest to it."""
         flow, pace = self._parted()
-        known = [c for c in flow if c.name in self.came and (c.name in self.edge or not self.edge)]
+        known = [c for c in flow if c.name in self.edge] or [c for c in flow if c.name in self.came]
         known.sort(key=lambda c: (c not in on_course, *self._flows(c)))
         turns = itertools.zip_longest(*(pairs([one], self._fitting(one, pace)) for one in known[:PAIRED]))
         return [p for turn in turns for p in turn if p is not None][:MOST_PAIRS]  # each one's first pace first
