@@ -74,6 +74,8 @@ class OptimizerConfig:
     momentum: float = option(0.9, "of sgd")
     weight_decay: float = option(0.0, "added to the gradient, times the weight")
     eps: float = option(1e-8, "of adam: a gradient far below it moves nothing")
+    warmup: int = option(0, "steps over which the rate rises in a line, from lr/warmup to lr; 0: none")
+    clip: float = option(0.0, "a gradient longer than this, over all parameters, is shortened to it; 0: none")
 
 
 @dataclass
@@ -152,6 +154,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, 1e6),
     "optimizer.eps": (0, 1e6),
+    "optimizer.warmup": (0, 10**12),
+    "optimizer.clip": (0, 1e6),
     "training.epochs": (1, 1_000_000),
     "training.steps": (0, 10**12),
     "training.threads": (1, 1024),

@@ -27,10 +27,12 @@ TOLD = {
     "model.depth": "depth",
     "model.weight_variance": "weight_variance",
     "model.width": "width",
+    "optimizer.clip": "optimizer_clip",
     "optimizer.eps": "optimizer_eps",
     "optimizer.lr": "lr",
     "optimizer.momentum": "momentum",
     "optimizer.name": "optimizer",
+    "optimizer.warmup": "optimizer_warmup",
     "optimizer.weight_decay": "weight_decay",
 }
 

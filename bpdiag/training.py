@@ -145,6 +145,7 @@ class Begun:
     net: nn.Module
     criterion: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
+    warm: int = 0  # steps of the warm-up that were made
 
     def rows(self, config: Config, planned: float) -> Iterator[Tensor]:
         """Indices of each batch, in the run's own order."""
@@ -153,6 +154,19 @@ class Begun:
     def loss(self, rows: Tensor) -> Tensor:
         """Of the net on these samples."""
         return self.criterion(self.net(self.dataset.train.x[rows]), self.dataset.train.y[rows])
+
+    def descend(self, config: Config, loss: Tensor) -> None:
+        """One step: gradient cleared, backward, clipped; warming up, at (n + 1)/warmup of the rate in step n."""
+        o = config.optimizer
+        self.optimizer.zero_grad()
+        loss.backward()
+        if o.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), o.clip)
+        if self.warm < o.warmup:
+            self.warm += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.warm / o.warmup
+        self.optimizer.step()
 
 
 def begin(config: Config) -> Begun:
@@ -279,10 +293,7 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         first_step = time.process_time()
         try:
             for rows in begun.rows(config, planned):
-                loss = watching.loss(begun.loss(rows))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                begun.descend(config, watching.loss(begun.loss(rows)))
                 step = watching.steps
                 if (step - 1) % config.watch.every == 0:
                     if not math.isfinite(watching.last_loss):

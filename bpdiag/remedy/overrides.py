@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from bpdiag import meanfield, training
 from bpdiag.config import Config, RemedyConfig, UsageError, flat, planned_steps
 from bpdiag.diagnosis import Finding
@@ -24,6 +22,8 @@ from bpdiag.trace import Trace, write_json
 
 SEEDS = 3  # of the winner: the run's own and the next two
 RATES = {"a tenth of the rate": 0.1, "0.3 of the rate": 0.3, "three times the rate": 3.0, "ten times the rate": 10.0}
+WARM = 50  # steps of a warm-up: a quarter of a trial's 200
+LONGEST = 1.0  # of a clipped gradient: the length that most recipes have (GPT-3's, for one)
 ADAM_RATE = 1e-3  # its authors' (Kingma & Ba 2015, algorithm 1)
 
 
@@ -86,6 +86,8 @@ def _pace(config: Config) -> Iterator[Candidate]:
         settings = {"optimizer.lr": config.optimizer.lr * factor}
         yield Candidate(name, "rate", settings, direction=1 if factor > 1 else -1)
     yield Candidate("Adam", "optimizer", {"optimizer.name": "adam", "optimizer.lr": ADAM_RATE, "optimizer.eps": 1e-8})
+    yield Candidate("warm-up", "rate", {"optimizer.warmup": WARM}, direction=-1)
+    yield Candidate("clipping", "rate", {"optimizer.clip": LONGEST}, direction=-1)
 
 
 def _changed(settings: Any, told: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +128,7 @@ def start(config: Config, candidate: Candidate | None, seed: int) -> Training:
     rows = begun.rows(changed, math.inf)
 
     def step(tell: Tell) -> None:
-        loss: Tensor = tell(begun.loss(next(rows)))
-        begun.optimizer.zero_grad()
-        loss.backward()
-        begun.optimizer.step()
+        begun.descend(changed, tell(begun.loss(next(rows))))
 
     return Training(begun.net, begun.optimizer, step, lambda: training.accuracy(begun.net, begun.dataset.validation))
 
