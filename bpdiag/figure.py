@@ -13,7 +13,8 @@ import numpy as np
 from bpdiag import diagnosis
 from bpdiag.config import UsageError
 from bpdiag.diagnosis import Profile
-from bpdiag.trace import Trace, replace
+from bpdiag.tables import replace
+from bpdiag.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -274,8 +274,8 @@ class Trace:
             TraceError: There is one already: two runs must not be mixed.
         """
         here = _new_folder(folder)
-        _write_table(self.table, here / "part-00000.parquet")
-        _write_table(self.steps_table, here / "steps-00000.parquet")
+        tables.write(self.table, here / "part-00000.parquet")
+        tables.write(self.steps_table, here / "steps-00000.parquet")
         _write_missing(self.missing, here)
         _write_meta(self.meta, self.layers, here)
         return here
@@ -506,9 +506,9 @@ class TraceWriter:
         if self.folder:
             self._total += rows.num_rows
             if rows.num_rows:
-                _write_table(rows, self.folder / f"part-{self._parts:05d}.parquet")
+                tables.write(rows, self.folder / f"part-{self._parts:05d}.parquet")
             if steps.num_rows:
-                _write_table(steps, self.folder / f"steps-{self._parts:05d}.parquet")
+                tables.write(steps, self.folder / f"steps-{self._parts:05d}.parquet")
             _write_missing(self._spans(), self.folder)
         else:
             self._kept[0].append(rows)
@@ -528,7 +528,7 @@ class TraceWriter:
 def write_json(path: Path, content: Any) -> None:
     """JSON with non-finite numbers as the strings NaN, Infinity, -Infinity (JSON has none); written aside, renamed."""
     text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-    replace(path, lambda aside: aside.write_text(text + "\n"))
+    tables.replace(path, lambda aside: aside.write_text(text + "\n"))
 
 
 def plain(value: Any) -> Any:
@@ -585,24 +585,10 @@ def _new_folder(folder: str | os.PathLike[str]) -> Path:
     return here
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` write a file aside and give it its name when it is whole: no reader meets a torn one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write_table(table: pa.Table, path: Path) -> None:
-    replace(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
-
-
 def _write_missing(missing: Sequence[Missing], folder: Path) -> None:
     if missing:
         table = pa.Table.from_pylist([dataclasses.asdict(m) for m in missing], schema=_MISSING)
-        _write_table(table, folder / "missing.parquet")
+        tables.write(table, folder / "missing.parquet")
 
 
 def _write_meta(meta: dict[str, Any], layers: Sequence[Layer], folder: Path) -> None:

@@ -37,6 +37,7 @@ from bpdiag.config import (
 from bpdiag.dashboard import pictures
 from bpdiag.diagnosis import Finding, diagnose
 from bpdiag.rules import RULES
+from bpdiag.runlog import RunLog
 from bpdiag.session import Watch, watch
 from bpdiag.trace import Trace, write_json
 
@@ -75,6 +76,12 @@ class Result:
     def __repr__(self) -> str:
         told = diagnosis.summarize(self.trace, self.findings)
         return f"Result({told['verdict']}: {told['sentence']} Test accuracy {self.metrics['test_accuracy']:.2%})"
+
+    def keep(self, dataset: data.Dataset) -> None:
+        """model.pt and metrics.json in the run's folder, if it has one."""
+        if self.folder is not None:
+            keep(self.model, self.config, dataset, self.folder / "model.pt")
+            write_json(self.folder / "metrics.json", self.metrics)
 
     def _repr_html_(self) -> str:
         """For a notebook's cell: the verdict, the findings, the profile."""
@@ -231,12 +238,12 @@ def confusion(told: Tensor, right: Tensor, classes: int) -> Tensor:
     return torch.bincount(right * classes + told, minlength=classes**2).view(classes, classes)
 
 
-def _show(watching: Watch, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
+def _show(log: Watch | RunLog, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
     """Test pictures with their predictions, and the confusion matrix, in TensorBoard."""
     images = dataset.test.x.mul(dataset.std).add_(dataset.mean).view(-1, *dataset.shape)
     shown, sure, right = (t.cpu().numpy() for t in (images, out.softmax(1), dataset.test.y))
-    watching.image("test/samples", pictures.samples(shown, sure, right, dataset.names))
-    watching.image("test/confusion", pictures.confusion(counts.cpu().numpy(), dataset.names))
+    log.image("test/samples", pictures.samples(shown, sure, right, dataset.names))
+    log.image("test/confusion", pictures.confusion(counts.cpu().numpy(), dataset.names))
 
 
 def train(
@@ -287,9 +294,7 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         log=folder,
         histograms=config.watch.histograms,
     ) as watching:
-        watching.note(config=dataclasses.asdict(config), data_mean=dataset.mean, data_std=dataset.std)
-        if config.model.name in prediction.COVERED:
-            watching.note(predicted=prediction.expect(config, prediction.source(dataset)))
+        watching.note(**facts(config, dataset))
         first_step = time.process_time()
         try:
             for rows in begun.rows(config, planned):
@@ -307,30 +312,45 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         except KeyboardInterrupt as caught:
             interrupt, metrics["stopped"] = caught, "interrupted"
         metrics["steps"], stepped = watching.steps, time.process_time()
-        out = logits(net, dataset.test)
-        counts = confusion(out.argmax(1), dataset.test.y, dataset.classes)
-        metrics["test_accuracy"] = counts.trace().item() / len(dataset.test)
-        metrics["class_accuracy"] = dict(
-            zip(dataset.names, (counts.diag().double() / counts.sum(1)).tolist(), strict=True)
-        )
-        metrics["validation_accuracy"] = accuracy(net, dataset.validation)
-        watching.scalars({"accuracy/test": metrics["test_accuracy"]}, watching.steps)
-        if folder is not None and config.watch.pictures:
-            _show(watching, out, dataset, counts)
+        examine(watching, net, config, dataset, metrics)
 
-    trace = watching.trace
-    told = trace.losses[1][-100:]
-    metrics["train_loss"] = float(told.mean()) if len(told) else math.nan
-    findings = diagnose(trace) if len(trace.sampled_steps) else []
+    result = conclude(watching.trace, net, config, folder, metrics)
     metrics["seconds"] = round(time.perf_counter() - start, 3)
     missing = (planned - metrics["steps"]) / max(metrics["steps"], 1)
     worked = time.process_time() - work + missing * (stepped - first_step)
     metrics["processor_seconds_planned"] = round(worked, 3)  # what the whole run would take, where it stopped
-    if folder is not None:
-        keep(net, config, dataset, folder / "model.pt")
-        write_json(folder / "metrics.json", metrics)
+    result.keep(dataset)
     if interrupt is not None:
         raise interrupt
+    return result
+
+
+def facts(config: Config, dataset: data.Dataset) -> dict[str, Any]:
+    """What a trace tells of its run besides what was measured: what was asked, what theory expects."""
+    told = {"config": dataclasses.asdict(config), "data_mean": dataset.mean, "data_std": dataset.std}
+    if config.model.name in prediction.COVERED:
+        told["predicted"] = prediction.expect(config, prediction.source(dataset))
+    return told
+
+
+def examine(log: Watch | RunLog, net: nn.Module, config: Config, dataset: data.Dataset, metrics: dict[str, Any]) -> None:
+    """What a trained net knows, into ``metrics``, which tell its steps, and onto the dashboard."""
+    out = logits(net, dataset.test)
+    counts = confusion(out.argmax(1), dataset.test.y, dataset.classes)
+    metrics["test_accuracy"] = counts.trace().item() / len(dataset.test)
+    shares = (counts.diag().double() / counts.sum(1)).tolist()
+    metrics["class_accuracy"] = dict(zip(dataset.names, shares, strict=True))
+    metrics["validation_accuracy"] = accuracy(net, dataset.validation)
+    log.scalars({"accuracy/test": metrics["test_accuracy"]}, metrics["steps"])
+    if log.folder is not None and config.watch.pictures:
+        _show(log, out, dataset, counts)
+
+
+def conclude(trace: Trace, net: nn.Module, config: Config, folder: Path | None, metrics: dict[str, Any]) -> Result:
+    """A run that has ended, judged."""
+    told = trace.losses[1][-100:]
+    metrics["train_loss"] = float(told.mean()) if len(told) else math.nan
+    findings = diagnose(trace) if len(trace.sampled_steps) else []
     return Result(config, folder, net.eval(), trace, findings, metrics)
 
 
