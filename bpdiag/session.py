@@ -17,6 +17,7 @@ from bpdiag.config import UsageError
 from bpdiag.runlog import RunLog
 from bpdiag.trace import Trace
 
+
 def watch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,

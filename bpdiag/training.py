@@ -47,7 +47,8 @@ ORDER = 0x6F72646572  # the order of the data draws from its own stream: the see
 
 def _sgd(parameters: Any, config: Config) -> torch.optim.Optimizer:
     o = config.optimizer
-    return torch.optim.SGD(parameters, o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=True)
+    settings = {"momentum": o.momentum, "nesterov": o.nesterov, "weight_decay": o.weight_decay}
+    return torch.optim.SGD(parameters, o.lr, **settings, fused=True)
 
 
 def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
@@ -55,7 +56,12 @@ def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, o.lr, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
-OPTIMIZERS = {"sgd": _sgd, "adam": _adam}
+def _adamw(parameters: Any, config: Config) -> torch.optim.Optimizer:
+    o = config.optimizer
+    return torch.optim.AdamW(parameters, o.lr, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+
+
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adamw}
 PARTS = {
     part.__name__: part
     for part in (ModelConfig, DataConfig, OptimizerConfig, TrainingConfig, WatchConfig, RemedyConfig)
@@ -97,7 +103,7 @@ def check(config: Config) -> None:
     """
     check_names(config)
     device(config)
-    samples, batch = len(_load(config).train), config.data.batch_size
+    samples, batch = len(load_data(config).train), config.data.batch_size
     if batch > samples:
         raise UsageError(f"data.batch_size={batch}: the training split has {samples} samples")
     whole, rest = divmod(samples, batch)
@@ -119,6 +125,8 @@ def check_names(config: Config) -> None:
     model.check(config.model)
     choose("data.name", config.data.name, data.DATASETS)
     choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    if config.optimizer.nesterov and not config.optimizer.momentum:
+        raise UsageError("optimizer.nesterov=true looks ahead along the momentum; give optimizer.momentum, above 0")
     choose("training.dtype", config.training.dtype, DTYPES)
 
 
@@ -139,7 +147,8 @@ def device(config: Config) -> torch.device:
     return found
 
 
-def _load(config: Config) -> data.Dataset:
+def load_data(config: Config) -> data.Dataset:
+    """The data set of ``config``, on its device."""
     return data.load(config.data, config.training.device, DTYPES[config.training.dtype])
 
 
@@ -178,7 +187,7 @@ class Begun:
 
 def begin(config: Config) -> Begun:
     """Data, net, loss and optimizer of ``config``, which has been checked."""
-    dataset, where, dtype = _load(config), device(config), DTYPES[config.training.dtype]
+    dataset, where, dtype = load_data(config), device(config), DTYPES[config.training.dtype]
     net = model.build(config.model, dataset.shape, dataset.classes, config.seed).to(where, dtype)
     by_hand = config.model.backward == "handwritten"
     criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
@@ -333,7 +342,9 @@ def facts(config: Config, dataset: data.Dataset) -> dict[str, Any]:
     return told
 
 
-def examine(log: Watch | RunLog, net: nn.Module, config: Config, dataset: data.Dataset, metrics: dict[str, Any]) -> None:
+def examine(
+    log: Watch | RunLog, net: nn.Module, config: Config, dataset: data.Dataset, metrics: dict[str, Any]
+) -> None:
     """What a trained net knows, into ``metrics``, which tell its steps, and onto the dashboard."""
     out = logits(net, dataset.test)
     counts = confusion(out.argmax(1), dataset.test.y, dataset.classes)

@@ -22,7 +22,14 @@ from bpdiag.rules import Activation
 
 Key = tuple[str, int]  # what, of which weight layer
 Numbers = dict[Key, np.ndarray]
-IN_UNITS = ("g_out", "g_u", "g_z", "edge", "g_W", "g_gamma")  # cotangents: the unit of their layer is divided out by ``read``
+IN_UNITS = (
+    "g_out",
+    "g_u",
+    "g_z",
+    "edge",
+    "g_W",
+    "g_gamma",
+)  # cotangents: the unit of their layer is divided out by ``read``
 WINDOW = 8  # sampled batches that a unit must be silent in to be called dead
 
 
@@ -72,7 +79,9 @@ class Meter:
 
     def cosine(self, layer: int, s: slice, z: Tensor, lengths: Tensor, spare: Tensor) -> None:
         """c of the samples' z."""
-        together = torch.div(z, lengths.unsqueeze(1), out=spare) if lengths.dtype == z.dtype else z / lengths.unsqueeze(1)
+        together = (
+            torch.div(z, lengths.unsqueeze(1), out=spare) if lengths.dtype == z.dtype else z / lengths.unsqueeze(1)
+        )
         total, n = statistics.lengths(together.sum(2)), z.shape[2]
         self._put("z_cosine", layer, s, (total * total - n) / (n * (n - 1)) if n > 1 else total * math.nan)
 

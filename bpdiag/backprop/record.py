@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from bpdiag.backprop.meter import Key, Meter, Numbers
-from bpdiag.trace import COLUMNS, KEYS, ROWS, STEPS, Layer, Missing, Sample, Trace
+from bpdiag.trace import COLUMNS, ROWS, STEPS, Layer, Missing, Sample, Trace
 
 TENSORS = {"weight": ("z", "g_z"), "norm": ("u", "g_u"), "activation": ("a", "g_out"), "sum": ("s", "g_out")}
 NOT_YET = "a_dead_fraction"  # told from the second sample on
@@ -55,26 +55,28 @@ class Record:
         for kept in (self._steps, self._batches, self._numbers, self._strangers):
             kept.clear()
 
-    def take(self, member: int, first: Trace, scales: Sequence[float | None], upto: int | None = None) -> Trace:
-        """A member's part: the samples since ``clear``, those up to a step.
+    def rates(self, member: int) -> list[float]:
+        """Its learning rate at each sample since ``clear``."""
+        return [float(numbers["rate", 0][member]) for numbers in self._numbers]
+
+    def take(self, member: int, first: Trace, scales: Sequence[float | None]) -> Trace:
+        """A member's part: the samples since ``clear``.
 
         Args:
             member: which.
             first: the trace of its first step, measured alone.
             scales: of each weight layer, the branch's where a block ends.
-            upto: the member's last step, where it ended early.
         """
-        S = sum(upto is None or step <= upto for step in self._steps)
-        if not S:
+        if not self._steps:
             return Trace(ROWS.empty_table(), STEPS.empty_table(), first.layers, first.missing, first.meta)
-        numbers = {key: np.array([one[key][member] if key in one else np.nan for one in self._numbers[:S]])
-                   for key in set().union(*self._numbers[:S])}  # fmt: skip
-        table = _Table(first, numbers, np.array(self._batches[:S], float), scales)
+        numbers = {key: np.array([one[key][member] if key in one else np.nan for one in self._numbers])
+                   for key in set().union(*self._numbers)}  # fmt: skip
+        table = _Table(first, numbers, np.array(self._batches, float), scales)
         columns = table.columns()
-        for i, strangers in enumerate(self._strangers[:S]):
+        for i, strangers in enumerate(self._strangers):
             told = {key: counts for (owner, key), counts in strangers.items() if owner == member}
             table.enter_strangers(i, told, columns)
-        steps = np.array(self._steps[:S])
+        steps = np.array(self._steps)
         if not self.begun[member] and NOT_YET in columns:
             columns[NOT_YET][0] = np.nan
         rows = _as_rows(first, steps, columns, table.edges(), first_part=not self.begun[member])
@@ -199,7 +201,9 @@ def _as_rows(
     for name in ("W_distinct_rows", "nonfinite_sample", "nan_samples", "inf_samples"):
         there[name] = ~np.isnan(columns[name])
     if first_part:
-        there["W_distinct_rows"] = there["W_distinct_rows"] | (first.column("W_distinct_rows")[1][0] & (np.arange(S) < 1)[:, None])
+        there["W_distinct_rows"] = there["W_distinct_rows"] | (
+            first.column("W_distinct_rows")[1][0] & (np.arange(S) < 1)[:, None]
+        )
     told = {"step": np.repeat(steps, R), "backward": np.zeros(S * R, np.int32)}
     table: dict[str, Any] = {name: pa.array(x) for name, x in told.items()}
     table["layer"] = pa.array(np.tile(names, S), pa.string())
