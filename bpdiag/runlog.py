@@ -1,4 +1,4 @@
-"""What a run leaves: its trace, TensorBoard's event file, and when it closes its findings; in its folder, if it has one.
+"""What a run leaves in its folder: its trace, TensorBoard's event file and, when it closes, its findings.
 
 Whoever measures writes to it: ``watch`` sample by sample, a stack in parts.
 """
@@ -43,7 +43,8 @@ class RunLog:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, meta: dict[str, Any]) -> None:
-        self.folder, self.steps = folder, 0
+        self.folder = Path(folder) if folder is not None else None
+        self.steps = 0
         self.traces = TraceWriter(folder, meta)
         self.board = TensorBoardWriter(folder) if folder is not None else None
         self.sinks: list[Sink] = [sink for sink in (self.traces, self.board) if sink]
@@ -79,7 +80,7 @@ class RunLog:
         if self.board is not None and self.folder is not None:
             findings = self.findings()
             diagnosis.write(self._final, findings, self.folder)
-            views.keep(Path(self.folder))
+            views.keep(self.folder)
             self.board.add_text("findings", diagnosis.as_markdown(findings), self.steps)
             self._tell_settings(findings)
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from bpdiag import data, hooks, training
+from bpdiag import data, hooks, prediction, training
 from bpdiag.backprop import Meter, Optimizer, Stack
 from bpdiag.backprop.record import Record, samples
 from bpdiag.config import Config, UsageError, planned_steps
@@ -80,7 +81,7 @@ def bytes_of(config: Config, inputs: int, classes: int) -> int:
         881824
     """
     widths = [inputs, *[config.model.width] * (config.model.depth - 1), classes]
-    weights = sum(n_in * n_out + n_out for n_in, n_out in zip(widths, widths[1:], strict=False))
+    weights = sum(n_in * n_out + n_out for n_in, n_out in pairwise(widths))
     copies = 2 if config.optimizer.name == "sgd" else 3
     item = 8 if config.training.dtype == "float64" else 4
     return item * (copies * weights + config.data.batch_size * sum(widths[1:]))
@@ -104,6 +105,59 @@ def _check_memory(configs: Sequence[Config], dataset: data.Dataset, where: torch
             f"a stack of {len(configs)} networks needs {each * len(configs) / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
             f"free: {max(free // each, 0)} fit"
         )
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run before its first step: D_1, decades between the last layer's cotangent and the first's."""
+
+    predicted: float | None  # None: theory does not cover it
+    measured: float  # nan: of a run that no stack takes, which is not looked at
+
+
+def look(configs: Sequence[Config]) -> list[Look]:
+    """One forward and backward sweep of each run that a stack takes, on its first batch, beside what theory expects.
+
+    Example:
+        >>> from bpdiag.config import ModelConfig
+        >>> told = look([Config(model=ModelConfig(activation="sigmoid", weight_variance="torch", depth=10))])[0]
+        >>> round(told.predicted, 1), abs(told.measured - told.predicted) < 0.5
+        (-7.7, True)
+    """
+    found = [Look(None, math.nan)] * len(configs)
+    together: dict[Hashable, list[int]] = {}
+    for i, config in enumerate(configs):
+        together.setdefault(group(config), []).append(i)
+    for key, members in together.items():
+        if key is not None:
+            looks = _look([configs[i] for i in members])
+            found = [looks[members.index(i)] if i in members else one for i, one in enumerate(found)]
+    return found
+
+
+def _look(configs: Sequence[Config]) -> list[Look]:
+    """Of runs of one group."""
+    with training.flushed_denormals(), training.threads(configs[0].training.threads):
+        begun = [training.begin(config) for config in configs]
+        dataset = begun[0].dataset
+        seeds, stack = _stacked(configs, begun, Optimizer([0.0] * len(configs)))
+        rows = [next(one.rows(config, 1)) for one, config in zip(begun, configs, strict=True)]
+        first = [rows[[c.seed for c in configs].index(seed)] for seed in seeds]
+        xs, ys = [dataset.train.x[r] for r in first], [dataset.train.y[r] for r in first]
+        numbers = stack.look(xs, ys, Meter(len(configs), begun[0].where))
+    with np.errstate(all="ignore"):
+        measured = np.log10(numbers["g_z", 0] / numbers["g_z", stack.L - 1])
+    expected = [prediction.expect(config, prediction.source(dataset))["decades"][0] for config in configs]
+    return [Look(*both) for both in zip(expected, measured.tolist(), strict=True)]
+
+
+def _stacked(
+    configs: Sequence[Config], begun: Sequence[training.Begun], optimizer: Optimizer
+) -> tuple[list[int], Stack]:
+    """The stack of these runs, and the seeds whose batches it reads, in the order in which it wants them."""
+    seeds = list(dict.fromkeys(config.seed for config in configs))
+    rules = [ACTIVATIONS[config.model.activation] for config in configs]
+    return seeds, Stack([one.net for one in begun], rules, optimizer, [seeds.index(c.seed) for c in configs])
 
 
 @dataclass
@@ -152,7 +206,6 @@ class _Training:
             except (UsageError, OSError) as error:
                 told(i, error)
         self.alive = [True] * len(self.members)
-        self.seeds = list(dict.fromkeys(m.config.seed for m in self.members))
         self.record = Record(len(self.members))
         self.losses: list[Tensor] = []  # (K,) of each step since the last part
         self.done = 0  # steps
@@ -187,9 +240,8 @@ class _Training:
         """All steps; then every member's end."""
         if not self.members:
             return
-        rules = [ACTIVATIONS[m.config.model.activation] for m in self.members]
-        reads = [self.seeds.index(m.config.seed) for m in self.members]
-        self.stack = Stack([m.begun.net for m in self.members], rules, self._optimizer(), reads)
+        configs, begun = [m.config for m in self.members], [m.begun for m in self.members]
+        self.seeds, self.stack = _stacked(configs, begun, self._optimizer())
         self.meter = Meter(len(self.members), self.where)
         try:
             self._steps()

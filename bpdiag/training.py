@@ -47,8 +47,9 @@ ORDER = 0x6F72646572  # the order of the data draws from its own stream: the see
 
 def _sgd(parameters: Any, config: Config) -> torch.optim.Optimizer:
     o = config.optimizer
-    settings = {"momentum": o.momentum, "nesterov": o.nesterov, "weight_decay": o.weight_decay}
-    return torch.optim.SGD(parameters, o.lr, **settings, fused=True)
+    return torch.optim.SGD(
+        parameters, o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay, fused=True
+    )
 
 
 def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:

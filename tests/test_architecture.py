@@ -29,6 +29,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "initialization": ({"rules"}, {"torch"}),
     "model": ({"rules", "modules", "initialization"}, {"torch"}),
     "data": (set(), {"numpy", "torch", "torchvision", "PIL"}),
+    "backprop": ({"rules", "modules", "statistics"}, {"torch", "numpy", "pyarrow"}),
     # measuring
     "hooks": ({"rules", "statistics"}, {"torch"}),
     # judging
@@ -37,22 +38,27 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     # showing
     "views": ({"diagnosis", "bridge"}, {"numpy"}),
     "dashboard": ({"views"}, {"tensorboard", "werkzeug", "numpy", "matplotlib"}),
-    "figure": ({"diagnosis"}, {"numpy", "matplotlib"}),
-    "report": ({"views", "dashboard", "__init__"}, set()),
+    "figure": ({"tables", "diagnosis"}, {"numpy", "matplotlib"}),
+    "report": ({"tables", "views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
     "bridge": ({"lesson"}, {"numpy"}),
-    "results": ({"diagnosis"}, {"pyarrow"}),
+    "results": ({"tables", "diagnosis"}, {"pyarrow"}),
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
     "prediction": (
         {"meanfield", "rules", "statistics", "initialization", "model", "data", "diagnosis"},
         {"torch", "numpy"},
     ),
-    "session": ({"hooks", "diagnosis", "views", "dashboard", "terminal", "__init__"}, {"torch"}),
+    "runlog": ({"diagnosis", "views", "dashboard"}, set()),
+    "session": ({"hooks", "runlog", "terminal", "__init__"}, {"torch"}),
     "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
-        {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
+        {"session", "runlog", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
         {"torch", "numpy", "PIL"},
+    ),
+    "stacking": (
+        {"backprop", "training", "session", "runlog", "prediction", "hooks", "data", "rules", "dashboard"},
+        {"torch", "numpy", "pyarrow"},
     ),
     "remedy": (
         {"training", "trial", "session", "initialization", "meanfield", "rules", "diagnosis", "terminal", "__init__"},
@@ -84,7 +90,7 @@ STOREYS = [
     ["chain", "rules", "statistics"],
     ["modules", "initialization", "meanfield"],
     ["model", "data"],
-    ["hooks"],
+    ["hooks", "backprop"],
     ["diagnosis", "difference"],
     ["results", "lesson"],
     ["terminal", "bridge"],
@@ -92,9 +98,10 @@ STOREYS = [
     ["dashboard", "figure"],
     ["report"],
     ["commands"],
+    ["runlog"],
     ["session", "prediction"],
     ["training", "trial"],
-    ["remedy"],
+    ["remedy", "stacking"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]

@@ -1,8 +1,8 @@
 """Rules as kernels that write where they are told: one pass over memory, nothing allocated.
 
-A rule's ``forward`` and ``vjp`` make a new tensor for each operation; a sweep over a stack calls each thousands of times
-on the same memory.  Torch has most of them as one operation with an ``out``; the rule itself serves where it has none,
-and is the oracle of those (tests/test_backprop.py).
+A rule's ``forward`` and ``vjp`` make a new tensor for each operation; a stack calls each thousands of times on the same
+memory.  Torch has most of them as one operation with an ``out``; the rule itself serves where it has none, and is the
+oracle of those (tests/test_backprop.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ aten = torch.ops.aten
 
 
 class Kernel(NamedTuple):
-    """a = phi(z) and g_z = phi'(z) g_a, each into ``out``; ``out`` of the first may be z where the rule saves a."""
+    """a = phi(z) and g_z = phi'(z) g_a, each into ``out``; ``out`` of the first may be z where the rule saves a.
+
+    Of an infinite z what torch gives: nan for gelu of -inf, where the rule has the limit.
+    """
 
     forward: Callable[[Tensor, Tensor], object]  # (z, out)
     vjp: Callable[[Tensor, Tensor, Tensor], object]  # (g_a, what the rule saves, out), out may be g_a

@@ -1,7 +1,7 @@
 """What a stack measured, as the trace of each of its members: the one that ``watch`` would have written of it alone.
 
-``watch`` measures one member's first step on an ordinary module; its layer table, what it cannot tell and why, are those
-of all steps.  The stack's numbers, a line for each sampled step, are put in its columns here, all steps at once:
+``watch`` measures one member's first step on an ordinary module; its layer table, what it cannot tell and why, are
+those of all steps.  The stack's numbers, a line for each sampled step, are put in its columns here, all at once:
 
     gain of weight layer l, next weight layer m, last layer on the way v:
     G = |g_z_l| / |g_z_m|,   w = |g_v| / |g_z_m|,   s = |g_z_l| / |g_v|,   D = log10(|g_z_l| / |g_z_L|)
@@ -31,6 +31,7 @@ class Record:
     def __init__(self, members: int) -> None:
         self.K = members
         self.begun = [False] * members  # whether a part has been taken
+        self.last = 0  # sampled step
         self._steps: list[int] = []
         self._batches: list[int] = []
         self._numbers: list[Numbers] = []
@@ -41,6 +42,7 @@ class Record:
 
     def add(self, step: int, batch: int, numbers: Numbers, meter: Meter) -> None:
         """One sampled step, read."""
+        self.last = step
         self._steps.append(step)
         self._batches.append(batch)
         self._numbers.append(numbers)
@@ -68,7 +70,8 @@ class Record:
             scales: of each weight layer, the branch's where a block ends.
         """
         if not self._steps:
-            return Trace(ROWS.empty_table(), STEPS.empty_table(), first.layers, first.missing, first.meta)
+            missing = _missing(first, self.last)
+            return Trace(ROWS.empty_table(), STEPS.empty_table(), first.layers, missing, first.meta)
         numbers = {key: np.array([one[key][member] if key in one else np.nan for one in self._numbers])
                    for key in set().union(*self._numbers)}  # fmt: skip
         table = _Table(first, numbers, np.array(self._batches, float), scales)
@@ -81,7 +84,7 @@ class Record:
             columns[NOT_YET][0] = np.nan
         rows = _as_rows(first, steps, columns, table.edges(), first_part=not self.begun[member])
         self.begun[member] = True
-        return Trace(rows, STEPS.empty_table(), first.layers, _missing(first, int(steps[-1])), first.meta)
+        return Trace(rows, STEPS.empty_table(), first.layers, _missing(first, self.last), first.meta)
 
 
 class _Table:
@@ -201,9 +204,7 @@ def _as_rows(
     for name in ("W_distinct_rows", "nonfinite_sample", "nan_samples", "inf_samples"):
         there[name] = ~np.isnan(columns[name])
     if first_part:
-        there["W_distinct_rows"] = there["W_distinct_rows"] | (
-            first.column("W_distinct_rows")[1][0] & (np.arange(S) < 1)[:, None]
-        )
+        there["W_distinct_rows"][0] |= first.column("W_distinct_rows")[1][0]
     told = {"step": np.repeat(steps, R), "backward": np.zeros(S * R, np.int32)}
     table: dict[str, Any] = {name: pa.array(x) for name, x in told.items()}
     table["layer"] = pa.array(np.tile(names, S), pa.string())

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,11 +77,11 @@ class _Step:
     u: Tensor  # what the activation reads
     a: Tensor
     out: Tensor  # what the next layer reads
-    outT: Tensor
+    out_transposed: Tensor
     g: list[Tensor]  # room for three cotangents
     spare: Tensor
     G: Tensor  # room for the gradient
-    spare_G: Tensor
+    room_beside: Tensor
     runs: list[_Run]
     rate: Tensor  # (k, 1, 1), divided by the unit
     turn: Tensor | None = None  # what a cotangent is multiplied by where it enters the layer
@@ -341,7 +341,7 @@ class Stack:
             if optimizer.clip:
                 return named
             for one in named:
-                self.update.apply(one.p, one.G, c.spare_G)
+                self.update.apply(one.p, one.G, c.room_beside)
         if meter:
             for one in named:
                 meter.after(one, chunk.members)
@@ -351,7 +351,7 @@ class Stack:
         """V = mu V + g a^T; without mu G = g a^T."""
         c = chunk.layers[number]
         if number:
-            aT = chunk.layers[number - 1].outT
+            aT = chunk.layers[number - 1].out_transposed
             if mu is None:
                 torch.bmm(c.g[room], aT, out=c.G)
             else:
@@ -365,14 +365,14 @@ class Stack:
                 torch.baddbmm(one.V, one.g[room], x, beta=mu, out=one.V)
 
     def _clip(self, held: Sequence[Named], chunk: _Chunk, meter: Meter | None) -> None:
-        """G = G min(1, most / |G|), |G| over all parameters of a member, as torch's ``clip_grad_norm_``; then a step."""
+        """G = G min(1, most / |G|), |G| over all of a member's parameters, as torch's ``clip_grad_norm_``; a step."""
         sizes = torch.stack([torch.linalg.vector_norm(one.G, dim=(1, 2)) for one in held])
         total = torch.linalg.vector_norm(sizes, dim=0).view(-1, 1, 1)
         factor = (self.update.most[chunk.members] / (total + 1e-6)).clamp_(max=1)
         if meter:
             meter.clipped(chunk.members, factor.flatten())
         for one in held:
-            self.update.apply(one.p, one.G.mul_(factor), chunk.layers[one.layer].spare_G)
+            self.update.apply(one.p, one.G.mul_(factor), chunk.layers[one.layer].room_beside)
             if meter:
                 meter.after(one, chunk.members)
 
@@ -405,7 +405,7 @@ class Stack:
         size = max(1, self.chunk_bytes // (numbers * self.layers[0].W.W.element_size()))
         count = -(-self.K // size)
         ends = [round(self.K * i / count) for i in range(count + 1)]
-        widest = max(stop - start for start, stop in zip(ends, ends[1:], strict=False))
+        widest = max(stop - start for start, stop in pairwise(ends))
         return [self._chunk(slice(*ends[i : i + 2]), batch, widest) for i in range(count)]
 
     def _chunk(self, members: slice, batch: int, widest: int) -> _Chunk:
@@ -455,11 +455,11 @@ class Stack:
                     u=u,
                     a=a,
                     out=out,
-                    outT=out.transpose(1, 2),
+                    out_transposed=out.transpose(1, 2),
                     g=g,
                     spare=room("spare", N, batch, top * batch),
                     G=room(("G", number if self.update.optimizer.clip else 0), N, M, largest),
-                    spare_G=room("spare G", N, M, largest),
+                    room_beside=room("spare G", N, M, largest),
                     runs=runs,
                     rate=self.update.rate[members],
                 )

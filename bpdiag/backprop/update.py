@@ -22,7 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+from bpdiag.config import UsageError
+
+KNOWN = ("sgd", "adam", "adamw")
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class Optimizer:
     clip: Sequence[float] = ()  # the largest norm of a member's whole gradient; inf: as it is
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ValueError(f"optimizer {self.name}: unknown; known: {', '.join(OPTIMIZERS)}")
+        if self.name not in KNOWN:
+            raise UsageError(f"optimizer {self.name}: unknown; known: {', '.join(KNOWN)}")
         for name in ("rate", "decay", "eps", "clip"):
             numbers = getattr(self, name)
             if numbers and len(numbers) != len(self.rate):
-                raise ValueError(f"{name}: {len(numbers)} numbers for {len(self.rate)} members")
+                raise UsageError(f"{name}: {len(numbers)} numbers for {len(self.rate)} members")
             if any(not 0 <= x <= (math.inf if name == "clip" else 1e30) for x in numbers):
-                raise ValueError(f"{name}: {list(numbers)}: each must be 0 or more, and finite")
+                raise UsageError(f"{name}: {list(numbers)}: each must be 0 or more, and finite")
 
     @property
     def accumulates(self) -> bool:
@@ -95,7 +97,7 @@ class Update:
     def set_rate(self, rate: Sequence[float]) -> None:
         """From the next step on; one number for each member."""
         if len(rate) != len(self.optimizer.rate):
-            raise ValueError(f"rate: {len(rate)} numbers for {len(self.optimizer.rate)} members")
+            raise UsageError(f"rate: {len(rate)} numbers for {len(self.optimizer.rate)} members")
         self.host_rate = list(rate)
         self.rate = self._column(rate)
 
