@@ -49,6 +49,7 @@ class _Run(NamedTuple):
     a: Tensor
     kept: Tensor
     g: list[Tensor]
+    spare: Tensor
 
 
 class _Reading(NamedTuple):
@@ -236,8 +237,8 @@ class Stack:
                     torch.bmm(one.W, x.expand(one.number, *x.shape), out=one.z)
             c.z.add_(c.b.W)
             if meter:
-                lengths = meter.size("z", number, s, c.z, c.spare)
-                meter.cosine(number, s, c.z, lengths, c.spare)
+                squares = meter.size("z", number, s, c.z, c.spare)
+                meter.cosine(number, s, c.z, squares, c.spare)
             if number == self.L - 1:
                 return
             if layer.norm:
@@ -249,7 +250,7 @@ class Stack:
             if meter:
                 meter.size("a", number, s, c.a, c.spare)
                 for run in c.runs:
-                    meter.slopes(number, run.members, run.kept, run.rule)
+                    meter.slopes(number, run.members, run.kept, run.rule, run.kernel, run.spare)
             if layer.scale is not None:
                 torch.add(below.out, c.a, alpha=layer.scale, out=c.out)
                 if meter:
@@ -431,6 +432,7 @@ class Stack:
             out = room(("out", number), *of_width) if layer.scale is not None else a
             W, b = layer.W.of(members), layer.b.of(members)
             g = [room(("g", i), N, batch, top * batch) for i in range(3)]
+            spare = room("spare", N, batch, top * batch)
             runs = [
                 _Run(
                     rule,
@@ -440,6 +442,7 @@ class Stack:
                     a[here],
                     (u if its.keeps_input else a)[here],
                     [x[here] for x in g],
+                    spare[here],
                 )
                 for here, rule, its in alike
             ]
@@ -457,7 +460,7 @@ class Stack:
                     out=out,
                     out_transposed=out.transpose(1, 2),
                     g=g,
-                    spare=room("spare", N, batch, top * batch),
+                    spare=spare,
                     G=room(("G", number if self.update.optimizer.clip else 0), N, M, largest),
                     room_beside=room("spare G", N, M, largest),
                     runs=runs,
