@@ -264,8 +264,8 @@ class Ray:
     def __init__(self, work: Work, processes: int | None, options: dict[str, Any]) -> None:
         import ray
 
-        self._ray = ray
-        if not ray.is_initialized():
+        self._ray, self._own = ray, not ray.is_initialized()
+        if self._own:
             quiet = {"log_to_driver": False, "logging_level": "ERROR"}
             here = {} if "RAY_ADDRESS" in os.environ or "address" in options else {"num_cpus": processes or cores()}
             ray.init(**{**quiet, **here, **options})
@@ -285,6 +285,8 @@ class Ray:
             task = self._tasks.pop(done)
             try:
                 said = self._ray.get(done)
+            except self._ray.exceptions.RayTaskError as error:  # it could not even be begun there
+                said = [Ended(Failure.of(error))]
             except self._ray.exceptions.RayError as error:  # the worker, its node or its memory is gone
                 said = [Ended(lost=f"was lost ({type(error).__name__})")]
             for event in said:
@@ -299,7 +301,8 @@ class Ray:
 
     def close(self) -> None:
         """Nothing is left running."""
-        self._ray.shutdown()
+        if self._own:
+            self._ray.shutdown()
 
 
 class Submitit:

@@ -5,6 +5,7 @@ Torch takes seconds to import, and the digits to unpack; their 200 MB are then i
 
 import contextlib
 
+import matplotlib.figure  # noqa: F401  of the pictures, which import it when they draw
 import torch
 
 from bpdiag import data, stacking  # noqa: F401
