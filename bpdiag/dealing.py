@@ -72,7 +72,8 @@ def _cut(groups: Sequence[Hashable | None], costs: Sequence[float], processes: i
     share = (sum(whole.values()) + sum(stack.cost for stack in stacks)) / processes
     for group, runs in together.items():
         least = whole[group] / share - 1e-9 if share else 0
-        pieces = min(math.ceil(max(len(runs) / most, least)), len(runs))
+        pieces = max(1, min(math.ceil(len(runs) / most), len(runs) // LEAST), math.ceil(least))
+        pieces = min(pieces, len(runs))
         for first, last in itertools.pairwise(len(runs) * piece // pieces for piece in range(pieces + 1)):
             part = runs[first:last]
             stacks.append(Stack(tuple(part), sum(costs[n] for n in part)))

@@ -206,11 +206,18 @@ def _deaf() -> Iterator[None]:
 
 def _serve(end: Connection) -> None:
     """A process's life: a task at a time, until there are no more or the parent is gone."""
+    interrupted = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt  # as if Ctrl-C had been pressed here
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as if Ctrl-C had been pressed here
+    signal.signal(signal.SIGTERM, interrupt)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        while True:
+        while not interrupted:  # also where the work made something else of it
             work, task = end.recv()
             end.send(_done(work, task, lambda what: end.send(Told(what))))
 

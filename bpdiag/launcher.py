@@ -327,7 +327,7 @@ class Sweep:
         """What is finished has its row; what has begun keeps what there is, and what it was asked."""
         engine.interrupt()
         for _, event in engine.events():
-            if isinstance(event, Told):
+            if isinstance(event, Told) and isinstance(event.what.outcome, Outcome):
                 one = next(one for one in jobs if one.number == event.what.number)
                 one.end(self.context, event.what.outcome)
                 self.rows[one.number] = one.row()

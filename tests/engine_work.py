@@ -67,3 +67,12 @@ def whoami():
 def fail_silently(task, tell):
     """Raise before anything is told."""
     raise ValueError("the whole stack")
+
+
+def swallow(task, tell):
+    """Interrupted, make something else of it."""
+    tell("begun")
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ValueError("half a sample") from None

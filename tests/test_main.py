@@ -76,7 +76,7 @@ def test_hydra_mode_run_runs_one():
 
 def test_a_failing_job_is_told_at_once_and_stops_no_other(capsys):
     sick = Path("sweep") / "depth=3,width=8,steps=4,every=2,activation=tanh"
-    assert main([*QUICK, "seed=5", f"hydra.run.dir={sick}"]) == 0  # a run lies where one of the jobs would write
+    assert main([*QUICK, "seed=5", f"hydra.run.dir='{sick}'"]) == 0  # a run lies where one of the jobs would write
     kept = {path: path.read_bytes() for path in (sick / "trace").iterdir()}
     capsys.readouterr()
     assert main(["-m", *QUICK, "model.activation=relu,tanh,sigmoid", "hydra.sweep.dir=sweep"]) == 1
