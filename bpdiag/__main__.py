@@ -316,7 +316,7 @@ def _composed(overrides: list[str]) -> Config:
     """
     from hydra import compose, initialize_config_dir
 
-    from bpdiag.launcher import configured
+    from bpdiag.composing import configured
 
     with _hydra_in_words(), initialize_config_dir(str(conf()), version_base="1.3", job_name="bpdiag"):
         swept = [o.input_line for o in _understood(overrides, None) if o.is_sweep_override()]
@@ -357,8 +357,9 @@ def _job(composed: Any) -> Any:
     from hydra.types import RunMode
 
     from bpdiag import terminal
+    from bpdiag.composing import configured
     from bpdiag.job import cured, outcome_of
-    from bpdiag.launcher import TELLS, configured, of_a_sweep
+    from bpdiag.launcher import TELLS, of_a_sweep
     from bpdiag.training import train
 
     config, folder = configured(composed), Path(HydraConfig.get().runtime.output_dir)
@@ -407,10 +408,12 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
     """
     from hydra import compose, initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
 
     from bpdiag import job, launcher
+    from bpdiag.composing import Composer, configured
     from bpdiag.results import require
 
     if config_dir is not None and not says_yes(Path(config_dir).is_dir):
@@ -442,12 +445,14 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
                 raise UsageError(f"{' '.join(twice)}: asked for twice in one sweep")
         else:
             jobs = [fixed]  # another sweeper decides as it goes
-        require(launcher.configured(base).expect)
+        require(configured(base).expect)
         refused = job.refused
         if several and base.hydra.launcher._target_ == launcher.StackConfig._target_:
             launcher.check(base.hydra.launcher)
             refused = partial(launcher.pool(base.hydra.launcher).ask, refused)  # they begin while we compose
-        configs = [launcher.configured(compose("config", words, return_hydra_config=True)) for words in jobs]
+        loader = Composer(GlobalHydra.instance().config_loader())
+        own = [[word for word in words if not word.startswith("hydra")] for words in jobs]
+        configs = [configured(loader.load_sweep_config(base, words) if several else base) for words in own]
         if bad := refused(configs):
             number, why = bad
             raise UsageError(f"{why} (job {' '.join(jobs[number])})" if len(jobs) > 1 else why)

@@ -101,7 +101,7 @@ class Local:
 
     def __init__(self, work: Work, processes: int, preload: Sequence[str] = ()) -> None:
         self.work, self.processes = work, processes
-        self._context = multiprocessing.get_context(METHOD)
+        self._context: Any = multiprocessing.get_context(METHOD)
         self._waiting: deque[Any] = deque()
         self._idle: list[tuple[Connection, Any]] = []
         self._busy: dict[Connection, tuple[Any, Any]] = {}  # the task and its process

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from bpdiag import dealing, engines, job
+from bpdiag.composing import Composer, configured
 from bpdiag.config import Config, Expectation, UsageError
 from bpdiag.engines import Engine, Failure, Local, Told
 from bpdiag.job import Finished, Member, Task
@@ -82,14 +83,6 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     OmegaConf.register_new_resolver("run_name", lambda experiment, data: experiment or data, replace=True)
-
-
-def configured(composed: Any) -> Config:
-    """A composed configuration as our dataclasses."""
-    from omegaconf import OmegaConf
-
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), own)))  # its schema says so
 
 
 def of_a_sweep(config: Config, overrides: Sequence[str]) -> Config:
@@ -180,6 +173,7 @@ class Job:
             job_subdir_key="hydra.sweep.subdir",
             hydra_context=context,
         )
+        self.composed = None  # the JobReturn has it; ten thousand more would be a gigabyte
         if isinstance(outcome, Failure):
             (self.folder / "error.log").write_text(outcome.trace or f"{outcome.error}\n")
 
@@ -195,6 +189,7 @@ class Sweep:
     """A multirun of Hydra's; a sweeper that decides as it goes launches more than once."""
 
     def __init__(self, context: Any, config: Any, options: StackConfig) -> None:
+        context.config_loader = Composer(context.config_loader)  # the sweeper's too, which composes all to validate
         self.context, self.config, self.options = context, config, options
         self.folder = Path(str(config.hydra.sweep.dir))
         self.rows: dict[int, Row] = {}
