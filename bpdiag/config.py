@@ -96,7 +96,9 @@ class WatchConfig:
 
     every: int = option(10, "steps between two measurements; 1: every step")
     histograms: bool = option(False, "of every layer's output, weights and gradients, in TensorBoard")
-    pictures: bool = option(True, "test pictures with predictions and the confusion matrix, in TensorBoard")
+    pictures: bool = option(
+        True, "test pictures with predictions and the confusion matrix, in TensorBoard; of a sweep where asked for"
+    )
 
 
 @dataclass

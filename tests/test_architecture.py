@@ -65,12 +65,19 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "commands": ({"views", "report", "figure", "difference"}, set()),
-    "launcher": ({"results", "terminal", "report"}, {"hydra", "omegaconf"}),
+    "engines": (set(), {"ray", "submitit"}),
+    "dealing": (set(), set()),
+    "job": ({"stacking", "training", "remedy", "results", "engines"}, {"torch"}),
+    "preloaded": ({"data", "stacking"}, {"torch", "matplotlib", "pandas"}),
+    "composing": (set(), {"hydra", "omegaconf"}),
+    "launcher": ({"composing", "job", "dealing", "engines", "results", "terminal", "report"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
             "training",
             "remedy",
             "prediction",
+            "job",
+            "composing",
             "launcher",
             "results",
             "terminal",
@@ -87,7 +94,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
 STOREYS = [
     ["sketch", "tables"],
     ["config", "trace", "__init__"],
-    ["chain", "rules", "statistics"],
+    ["chain", "rules", "statistics", "engines", "dealing", "composing"],
     ["modules", "initialization", "meanfield"],
     ["model", "data"],
     ["hooks", "backprop"],
@@ -102,6 +109,7 @@ STOREYS = [
     ["session", "prediction"],
     ["training", "trial"],
     ["remedy", "stacking"],
+    ["job", "preloaded"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]
@@ -216,7 +224,7 @@ def test_these_cost_no_torch(statement):
 
 def test_only_the_command_line_and_the_launcher_know_hydra():
     knowing = {m for m, (_, foreign) in CONTRACT.items() if "hydra" in foreign}
-    assert knowing == {"launcher", "__main__", "hydra_plugins"}
+    assert knowing == {"composing", "launcher", "__main__", "hydra_plugins"}
 
 
 def test_the_public_names_load():
