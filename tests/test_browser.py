@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 import xml.etree.ElementTree as ET
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,9 @@ VIEWS = ("findings", "map", "profile", "chain", "compare")
 TENSORBOARD = """
 import sys
 from tensorboard import default, program
-from bpdiag.dashboard.plugin import GradientFlow
-board = program.TensorBoard([*default.get_static_plugins(), GradientFlow])
+from bpdiag.dashboard import plugin
+ours = [getattr(plugin, name) for name in sys.argv[2:]]
+board = program.TensorBoard([*default.get_static_plugins(), *ours])
 board.configure(argv=[None, "--logdir", sys.argv[1], "--port", "0"])
 print(board.launch(), flush=True)
 sys.stdin.read()
@@ -118,11 +120,12 @@ class Browser:
             assert time.monotonic() < end, f"{query}: not there in {seconds} s; the page says {self.text('body')[:300]}"
             time.sleep(0.05)
 
-    def press(self, *keys: str) -> None:
+    def press(self, *keys: str | tuple[str, ...]) -> None:
         from selenium.webdriver.common.keys import Keys
 
         for key in keys:
-            self.driver.switch_to.active_element.send_keys(getattr(Keys, key, key))
+            together = [getattr(Keys, one, one) for one in ([key] if isinstance(key, str) else key)]
+            self.driver.switch_to.active_element.send_keys(*together)
 
     def point(self, query: str, x: float, y: float, click: bool = False) -> None:
         """The mouse at (x, y) pixels from the upper left of the element."""
@@ -134,6 +137,21 @@ class Browser:
         actions.w3c_actions.pointer_action.move_to_location(round(box[0] + x), round(box[1] + y))
         if click:
             actions.click()
+        actions.perform()
+
+    def drag(self, query: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """The mouse pressed at the first place in the element, moved, and let go at the second."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        self.js("arguments[0].scrollIntoView({block: 'center'})", self.one(query))
+        left, top = self.js("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top]", self.one(query))
+        actions = ActionChains(self.driver)
+        mouse = actions.w3c_actions.pointer_action
+        mouse.move_to_location(round(left + start[0]), round(top + start[1]))
+        mouse.pointer_down()
+        mouse.move_to_location(round(left + (start[0] + end[0]) / 2), round(top + (start[1] + end[1]) / 2))
+        mouse.move_to_location(round(left + end[0]), round(top + end[1]))
+        mouse.pointer_up()
         actions.perform()
 
     def console(self) -> list[str]:
@@ -184,6 +202,7 @@ def runs(tmp_path_factory):
         trained("sweep/activation=sigmoid", activation="sigmoid", weight_variance="torch"),
         trained("sweep/activation=relu"),
         trained("sweep/activation=tanh", activation="tanh", weight_variance="1"),
+        trained("residual", activation="tanh", weight_variance="1", residual="identity"),
         trained("too-large-steps", lr=1.0, activation="tanh", weight_variance="1.5"),
     ]
     after = {"decades": -0.7, "loss": 0.25, "accuracy": 0.92}
@@ -202,15 +221,21 @@ def page(runs, tmp_path_factory):
     return report.write_html(told, tmp_path_factory.mktemp("page") / "report.html").as_uri()
 
 
-@pytest.fixture(scope="module")
-def board(runs):
-    """TensorBoard's address."""
+@contextmanager
+def tensorboard(folder, *plugins):
+    """The address of a TensorBoard over a folder, with these plugins besides its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", TENSORBOARD, str(runs[0])]
+    command = [sys.executable, "-c", TENSORBOARD, str(folder), *plugins]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                           env=environment) as process:  # fmt: skip
         yield process.stdout.readline().strip()
         process.terminate()
+
+
+@pytest.fixture(scope="module")
+def board(runs):
+    with tensorboard(runs[0], "GradientFlow") as address:
+        yield address
 
 
 @pytest.fixture
@@ -360,6 +385,65 @@ def test_keys_lead_through_the_views_and_the_layers(browser, page):
     assert browser.driver.switch_to.active_element.get_attribute("data-view") == "map"
 
 
+def extent(browser):
+    """How many layers and steps the map says that it shows."""
+    told = re.match(r"Map of (\d+) layers by (\d+) steps", browser.one(".grid").get_attribute("aria-label"))
+    return int(told[1]), int(told[2])
+
+
+def test_a_part_of_the_map_is_enlarged_by_dragging_and_shown_whole_again(browser, page):
+    browser.open(page, view="map", run="sweep/activation=sigmoid", step=0, layer=0)
+    assert extent(browser) == (20, 30)
+    left, width, height = rows_and_columns(browser)
+    row, column = height / 20, width / 30
+    browser.drag(".grid", (left + 5.5 * column, 2.5 * row), (left + 5.5 * column + 3, 2.5 * row))
+    assert extent(browser) == (20, 30)  # a click that shakes enlarges nothing
+    browser.drag(".grid", (left + 5.5 * column, 2.5 * row), (left + 14.5 * column, 8.5 * row))
+    browser.wait("[data-whole]")
+    assert extent(browser) == (7, 10)
+    assert browser.text(".zoomed").startswith("steps 20 to 56, linear12 to linear18")
+    left, width, height = rows_and_columns(browser)
+    browser.point(".grid", left + 2, 2)  # the first column, the topmost row of what is shown
+    assert browser.text(".read .head").startswith("Step 20, linear18 ")
+    assert browser.console() == []
+    keep(browser, "map-enlarged")
+    browser.one("[data-save=csv]").click()
+    assert len(browser.downloaded(".csv").splitlines()) == 1 + 7 * 10
+    browser.one("[data-whole]").click()
+    browser.wait(".grid", lambda e: extent(browser) == (20, 30))
+
+
+def test_a_part_of_the_map_is_enlarged_with_keys(browser, page):
+    browser.open(page, view="map", run="sweep/activation=sigmoid", step=8, layer=3)
+    browser.js("document.querySelector('.grid').focus()")
+    browser.press(("SHIFT", "ARROW_RIGHT"), ("SHIFT", "ARROW_RIGHT"), ("SHIFT", "ARROW_UP"))
+    assert "brushed step 8 linear4 to step 16 linear5" in browser.js(
+        "return document.querySelector('[aria-live]').textContent"
+    )
+    browser.press("ENTER")
+    browser.wait("[data-whole]")
+    assert extent(browser) == (2, 3)
+    browser.press("ARROW_LEFT", "ARROW_LEFT", "ARROW_LEFT", "ARROW_DOWN", "ARROW_DOWN")
+    assert browser.text(".read .head").startswith("Step 8, linear4 ")  # arrows stay in what is shown
+    browser.press("ESCAPE")
+    browser.wait(".grid", lambda e: extent(browser) == (20, 30))
+    assert browser.js("return document.activeElement.matches('.grid')")
+    browser.press("ENTER")
+    browser.wait(".waterfall")
+
+
+@pytest.mark.parametrize("view", ["map", "profile"])
+def test_a_skip_is_drawn_as_a_way_around_its_block(browser, page, view):
+    browser.open(page, view=view, run="residual", layer=4)
+    told = [e.get_attribute("textContent") for e in browser.all("main svg path title")]
+    assert told, "no arc is drawn"
+    assert all(re.fullmatch(r"a way around \d layers, carries × 1", one) for one in told)
+    assert "a way around it × 1" in browser.text(".read")
+    keep(browser, f"residual-{view}")
+    browser.open(page, view=view, run="sweep/activation=relu")  # the twin: a plain stack has none
+    assert browser.all("main svg path title") == []
+
+
 def test_the_loss_curve_is_a_slider(browser, page):
     browser.open(page, view="profile", run="sweep/activation=tanh", step=0)
     slider = browser.one(".time input")
@@ -452,13 +536,14 @@ def test_hostile_names_do_not_run(browser, page, view):
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory):
     """The rules of accessibility as a script: axe-core, of npm, for this test only."""
+    lacking = pytest.fail if REQUIRED else pytest.skip
     if shutil.which("npm") is None:
-        pytest.skip("npm is not installed: no axe-core")
+        lacking("npm is not installed: no axe-core (Debian: apt-get install npm)")
     here = tmp_path_factory.mktemp("axe")
     command = ["npm", "pack", "--silent", "axe-core@4.14.1"]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        pytest.skip(f"npm did not give axe-core: {done.stderr.strip()[-200:]}")
+        lacking(f"npm did not give axe-core: {done.stderr.strip()[-200:]}")
     with tarfile.open(next(here.glob("*.tgz"))) as archive:
         return archive.extractfile("package/axe.min.js").read().decode()
 
@@ -576,3 +661,33 @@ def test_the_tab_takes_up_a_run_that_begins(tab, runs):
     write_run(runs[0] / "begun-later", sick(4))
     tab.wait(".rail", lambda e: len(tab.all(".run")) == before + 1)
     assert "begun-later" in tab.text(".rail")
+
+
+# ---- TensorBoard without the tab ----------------------------------------------------------------------------
+
+
+def shadowed(browser, query):
+    """How many elements the query finds, also inside the shadows that TensorBoard is built of."""
+    script = """
+    const found = (root) => [...root.querySelectorAll("*")].reduce(
+      (n, e) => n + e.matches(arguments[0]) + (e.shadowRoot ? found(e.shadowRoot) : 0), 0);
+    return found(document);"""
+    return browser.js(script, query)
+
+
+def test_plain_tensorboard_has_the_same_run_in_few_charts(browser, runs):
+    """The custom scalars of the dying sigmoid: what one has without the tab."""
+    with tensorboard(runs[1][0]) as address:
+        browser.size(1280)
+        browser.driver.switch_to.default_content()
+        browser.driver.get("about:blank")
+        browser.console()
+        browser.driver.get(f"{address}#custom_scalars")
+        end = time.monotonic() + 120
+        while not shadowed(browser, "svg .line-plot path, canvas, vz-line-chart2"):
+            assert time.monotonic() < end, f"no chart; the page says {browser.text('body')[:300]}"
+            time.sleep(0.2)
+        assert "GRADIENT FLOW" not in browser.text("body").upper()
+        time.sleep(2)  # its lines fade in
+        assert browser.console() == []
+        keep(browser, "tensorboard-without")
