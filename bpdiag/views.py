@@ -402,7 +402,7 @@ def _layer(trace: Trace, i: int, lines: list[int]) -> dict[str, Any]:
     top = bridge.climb(trace, i)[-1]
     return {
         "key": layer.key,
-        "name": layer.short or layer.kind,
+        "name": layer.title if layer.name else layer.kind,
         "kind": layer.kind,
         "fan_in": layer.fan_in,
         "units": layer.units,

@@ -1,25 +1,19 @@
-"""The tab and the page in a real browser: Debian's chromium, driven by selenium; nothing is downloaded.
-
-Skipped where there is no browser.  BPDIAG_BROWSER=required makes that an error: so CI proves that it did not skip.
-BPDIAG_SCREENSHOTS=FOLDER keeps a picture of each view there: make screenshots.
-"""
+"""The tab and the page in a real browser (``browsing``): skipped where there is none, an error in CI."""
 
 from __future__ import annotations
 
 import base64
 import csv
-import os
+import math
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 import xml.etree.ElementTree as ET
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from browsing import REQUIRED, Browser, keep, missing, tensorboard
 from run_folders import HOSTILE, renamed, sick, write_run
 from typed import net
 
@@ -27,154 +21,13 @@ from bpdiag import report
 from bpdiag.config import Config, ModelConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from bpdiag.training import train
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-REQUIRED = os.environ.get("BPDIAG_BROWSER") == "required"
 VIEWS = ("findings", "map", "profile", "chain", "compare")
-TENSORBOARD = """
-import sys
-from tensorboard import default, program
-from bpdiag.dashboard import plugin
-ours = [getattr(plugin, name) for name in sys.argv[2:]]
-board = program.TensorBoard([*default.get_static_plugins(), *ours])
-board.configure(argv=[None, "--logdir", sys.argv[1], "--port", "0"])
-print(board.launch(), flush=True)
-sys.stdin.read()
-"""
-
-
-def _missing() -> str:
-    """What the machine lacks for these tests; empty for nothing."""
-    try:
-        import selenium  # noqa: F401
-    except ImportError:
-        return "selenium is not installed"
-    lacking = [name for name, path in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if path is None]
-    return f"no {' and no '.join(lacking)} on this machine (Debian: apt-get install chromium-driver)" if lacking else ""
-
-
-if _missing() and REQUIRED:
-    raise RuntimeError(f"BPDIAG_BROWSER=required: {_missing()}")
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=f"no browser: {_missing()}")
+if missing() and REQUIRED:
+    raise RuntimeError(f"BPDIAG_BROWSER=required: {missing()}")
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no browser: {missing()}")
 
 
 # ---- a browser, runs, the page and the tab ------------------------------------------------------------------
-
-
-class Browser:
-    """A chromium, its console and its requests watched."""
-
-    def __init__(self, downloads: Path) -> None:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        for word in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars"):
-            options.add_argument(f"--{word}")
-        for word in ("background-networking", "component-update", "sync", "dev-shm-usage"):
-            options.add_argument(f"--disable-{word}")
-        self.driver = webdriver.Chrome(service=Service(DRIVER), options=options)
-        self.driver.execute_cdp_cmd(
-            "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}
-        )
-        self.downloads = downloads
-
-    def open(self, url: str, width: int = 1280, **state: object) -> None:
-        """A fresh page of that width, waited for."""
-        self.size(width)
-        self.driver.get("about:blank")
-        self.console()
-        self.driver.get(f"{url}#{'&'.join(f'{key}={value}' for key, value in state.items())}")
-        self.wait("main h1")
-
-    def size(self, width: int, height: int = 900) -> None:
-        told = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", told)
-
-    def js(self, script: str, *arguments: object) -> object:
-        return self.driver.execute_script(script, *arguments)
-
-    def one(self, query: str) -> object:
-        return self.driver.find_element("css selector", query)
-
-    def all(self, query: str) -> list:
-        return self.driver.find_elements("css selector", query)
-
-    def text(self, query: str) -> str:
-        return " ".join(self.one(query).text.split())
-
-    def wait(self, query: str, holds=lambda element: True, seconds: float = 60.0) -> object:
-        """The first element that the query finds and that holds, as soon as there is one."""
-        from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
-
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                element = self.one(query)
-                if holds(element):
-                    return element
-            except (NoSuchElementException, StaleElementReferenceException):
-                pass
-            assert time.monotonic() < end, f"{query}: not there in {seconds} s; the page says {self.text('body')[:300]}"
-            time.sleep(0.05)
-
-    def press(self, *keys: str | tuple[str, ...]) -> None:
-        from selenium.webdriver.common.keys import Keys
-
-        for key in keys:
-            together = [getattr(Keys, one, one) for one in ([key] if isinstance(key, str) else key)]
-            self.driver.switch_to.active_element.send_keys(*together)
-
-    def point(self, query: str, x: float, y: float, click: bool = False) -> None:
-        """The mouse at (x, y) pixels from the upper left of the element."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        self.js("arguments[0].scrollIntoView({block: 'center'})", self.one(query))
-        box = self.js("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top]", self.one(query))
-        actions = ActionChains(self.driver)
-        actions.w3c_actions.pointer_action.move_to_location(round(box[0] + x), round(box[1] + y))
-        if click:
-            actions.click()
-        actions.perform()
-
-    def drag(self, query: str, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """The mouse pressed at the first place in the element, moved, and let go at the second."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        self.js("arguments[0].scrollIntoView({block: 'center'})", self.one(query))
-        left, top = self.js("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top]", self.one(query))
-        actions = ActionChains(self.driver)
-        mouse = actions.w3c_actions.pointer_action
-        mouse.move_to_location(round(left + start[0]), round(top + start[1]))
-        mouse.pointer_down()
-        mouse.move_to_location(round(left + (start[0] + end[0]) / 2), round(top + (start[1] + end[1]) / 2))
-        mouse.move_to_location(round(left + end[0]), round(top + end[1]))
-        mouse.pointer_up()
-        actions.perform()
-
-    def console(self) -> list[str]:
-        """What the console said that is no mere warning, since last asked."""
-        return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
-
-    def requests(self) -> list[str]:
-        """The addresses asked for since last asked."""
-        found = re.findall(r'"Network\.requestWillBeSent".*?"request":\{.*?"url":"([^"]*)"', str(self._performance()))
-        return [url for url in found if not url.startswith("about:")]
-
-    def _performance(self) -> str:
-        return "\n".join(line["message"] for line in self.driver.get_log("performance"))
-
-    def downloaded(self, ending: str) -> str:
-        """The text of the file that comes, of that ending."""
-        end = time.monotonic() + 30
-        while not (there := [p for p in self.downloads.glob(f"*{ending}") if p.stat().st_size]):
-            assert time.monotonic() < end, f"no {ending} came"
-            time.sleep(0.05)
-        text = there[0].read_text()
-        there[0].unlink()
-        return text
 
 
 @pytest.fixture(scope="module")
@@ -221,17 +74,6 @@ def page(runs, tmp_path_factory):
     return report.write_html(told, tmp_path_factory.mktemp("page") / "report.html").as_uri()
 
 
-@contextmanager
-def tensorboard(folder, *plugins):
-    """The address of a TensorBoard over a folder, with these plugins besides its own."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", TENSORBOARD, str(folder), *plugins]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                          env=environment) as process:  # fmt: skip
-        yield process.stdout.readline().strip()
-        process.terminate()
-
-
 @pytest.fixture(scope="module")
 def board(runs):
     with tensorboard(runs[0], "GradientFlow") as address:
@@ -250,21 +92,6 @@ def tab(browser, board):
     browser.wait("main h1", seconds=120)
     yield browser
     browser.driver.switch_to.default_content()
-
-
-def keep(browser, name):
-    """A picture of what is shown, where pictures are kept."""
-    folder = os.environ.get("BPDIAG_SCREENSHOTS")
-    if folder:
-        height = browser.js("return document.documentElement.scrollHeight")
-        browser.size(browser.js("return innerWidth"), min(height, 1250))
-        time.sleep(0.3)  # a redraw
-        path = Path(folder) / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        from PIL import Image
-
-        browser.driver.save_screenshot(str(path))
-        Image.open(path).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # ---- the page -----------------------------------------------------------------------------------------------
@@ -437,7 +264,7 @@ def test_a_skip_is_drawn_as_a_way_around_its_block(browser, page, view):
     browser.open(page, view=view, run="residual", layer=4)
     told = [e.get_attribute("textContent") for e in browser.all("main svg path title")]
     assert told, "no arc is drawn"
-    assert all(re.fullmatch(r"a way around \d layers, carries × 1", one) for one in told)
+    assert all(re.fullmatch(r"a way around 1 layer, carries × 1", one) for one in told)
     assert "a way around it × 1" in browser.text(".read")
     keep(browser, f"residual-{view}")
     browser.open(page, view=view, run="sweep/activation=relu")  # the twin: a plain stack has none
@@ -510,6 +337,18 @@ def test_the_grid_takes_other_keys(browser, page):
     assert browser.console() == []
 
 
+def test_a_run_that_told_no_settings_has_its_place_in_the_grid(browser, tmp_path):
+    told = [write_run(tmp_path / name, sick(4), activation=name) for name in ("tanh", "relu")]
+    sick(4).save(tmp_path / "watched")
+    browser.open(report.write_html([*told, tmp_path / "watched"], tmp_path / "page.html").as_uri(), view="compare")
+    assert [row.text for row in browser.all(".cells .row")] == [
+        "activation relu",
+        "activation tanh",
+        "activation not told",
+    ]
+    assert len(browser.all(".cells .cell svg")) == 3
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_what_is_shown_can_be_had(browser, page, view):
     browser.open(page, view=view, run="sweep/activation=sigmoid")
@@ -552,6 +391,15 @@ AXE = """
 const done = arguments[0], told = (v) => `${v.id}, ${v.impact}: ${v.nodes.map((n) => n.html).slice(0, 3)}`;
 axe.run().then((r) => done(r.violations.filter((v) => ["serious", "critical"].includes(v.impact)).map(told)));
 """
+
+
+def test_a_run_that_explodes_opens_on_its_last_finite_step(browser, tmp_path):
+    def grows(step):
+        return math.inf if step >= 50 else 1.4
+
+    run = write_run(tmp_path / "explodes", net(6, sig=grows, steps=range(0, 100, 10)))
+    browser.open(report.write_html([run], tmp_path / "page.html").as_uri(), view="profile")
+    assert browser.text(".read .head").startswith("Step 40, ")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

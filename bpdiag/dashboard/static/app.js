@@ -66,7 +66,7 @@ export async function start(host, root) {
   /** The step and layer that one wants to see first: where the first finding begins, the input side. */
   function settle() {
     const { run } = app, count = run.steps.length;
-    if (state.step === null || state.step === undefined) state.step = state.asked.step === undefined ? run.column(run.findings[0]?.onset_step ?? run.last?.step ?? 0) : run.column(Number(state.asked.step));
+    if (state.step === null || state.step === undefined) state.step = state.asked.step === undefined ? run.findings.length ? run.telling(run.findings[0]) : run.column(run.last?.step ?? 0) : run.column(Number(state.asked.step));
     state.step = Math.max(0, Math.min(count - 1, state.step));
     state.layer = Math.max(0, Math.min(run.top, Number(state.asked.layer ?? state.layer) || 0));
     state.asked = {};

@@ -2,7 +2,7 @@
 
 import { diverging, ramp, special } from "./color.js";
 import { factor, finite, html, odd, percent, power, powerSvg } from "./format.js";
-import { $, arcs, arrow, draw, everyLabel, header, labels, name, patterns, ROOMY, segments, steered, timeBar, WAYS } from "./parts.js";
+import { $, arcs, arrow, draw, everyLabel, header, labels, layersOf, name, patterns, ROOMY, segments, steered, timeBar, WAYS } from "./parts.js";
 
 const fraction = (log) => factor(log, powerSvg);
 const times = (log) => (finite(log) ? html`× ${factor(log, powerSvg)}` : odd(log));
@@ -109,7 +109,7 @@ export function reading(run, i, l, chainLink = true) {
     ${item("slopes saturated", finite(log("saturated")) ? percent(log("saturated")) : none)}
     ${item("units dead", finite(log("dead")) ? percent(log("dead")) : none, finite(log("dead")) ? "of 8 batches" : "")}
     ${item("update / weights", finite(log("update_ratio")) ? power(log("update_ratio")) : odd(log("update_ratio")), finite(log("update_ratio")) ? "per step" : "")}
-    ${run.ways(i, l).slice(0, 1).map(([[low, high], v]) => item("a way around it", finite(v) ? html`× ${factor(v)}` : none, `past ${high - low} layers`))}
+    ${run.ways(i, l).slice(0, 1).map(([[low, high], v]) => item("a way around it", finite(v) ? html`× ${factor(v)}` : none, `past ${layersOf(high - low)}`))}
     ${item("rms z", finite(log("z_rms")) ? factor(log("z_rms")) : odd(log("z_rms")))}`;
 }
 
@@ -127,7 +127,7 @@ export function map(root, app) {
     ${state.zoom ? html`<span class="zoomed">${said([first, low], [last, high])} <button type="button" class="tool" data-whole>Show all</button></span>` : ""}</div>
     <div class="time"></div><div class="grid" tabindex="0" role="application" aria-label="Map of ${n} layers by ${count} steps; arrow keys choose, Enter opens the chain; with Shift they brush a part, Enter enlarges it, Escape shows all"><canvas></canvas><svg class="over"></svg></div>${legend(run, shown)}
     <p class="note">Drag over a part to enlarge it (keys: Shift and arrows, Enter; Escape shows all).${run.around.length ? " Arcs at the left: ways around layers, as a residual block's skip." : ""}</p><div class="read"></div>`);
-  const host = $(".grid", root), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 9) : labels(run, 20, ROOMY), right = narrow ? 2 : 90;
+  const host = $(".grid", root), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 12) : labels(run, 20, ROOMY), right = narrow ? 2 : 90;
   const x0 = side.width + (run.around.length ? WAYS : 0), x1 = W - right, rowHeight = Math.max(4, Math.min(narrow ? 17 : 20, Math.round(640 / n))), height = n * rowHeight, bw = (x1 - x0) / count;
   const canvas = $("canvas", host), over = $("svg.over", host);
   host.style.height = `${height + 26}px`;
@@ -210,8 +210,9 @@ export function map(root, app) {
 /** [column, the step written under it]: round numbers where there are some. */
 function timeTicks(run, most, first, last) {
   const wide = run.steps[last] - run.steps[first], unit = 10 ** Math.floor(Math.log10(Math.max(1, wide / most)));
-  const size = [1, 2, 5, 10].map((k) => k * unit).find((s) => wide / s <= most) ?? wide;
-  const wanted = Array.from({ length: Math.floor(wide / (size || 1)) + 1 }, (_, k) => (Math.ceil(run.steps[first] / (size || 1)) + k) * (size || 1));
+  const sampled = new Set(run.steps), multiples = (s) => Array.from({ length: Math.floor(wide / s) + 1 }, (_, k) => (Math.ceil(run.steps[first] / s) + k) * s).filter((step) => step <= run.steps[last]);
+  const sizes = [1, 2, 4, 5, 8, 10, 20, 40, 50].map((k) => k * unit).filter((s) => wide / s <= most);
+  const wanted = multiples(sizes.find((s) => run.spans.length || multiples(s).every((step) => sampled.has(step))) ?? sizes[0] ?? Math.max(1, wide));
   const told = new Map(wanted.map((step) => [run.column(step), step]));
   return [...told].map(([i, step]) => [i, run.spans.length ? step : run.steps[i]]).filter(([i]) => first <= i && i <= last && (i - first < (last - first + 1) * 0.9 || last - first < 2));
 }

@@ -67,6 +67,9 @@ export class Run {
     return gap ? gap[4] : "not measured";
   }
 
+  /** The column that shows a finding best: where it begins; of numbers that stop being finite the last that were. */
+  telling(finding) { return Math.max(0, this.column(finding.onset_step) - (finding.kind === "non_finite")); }
+
   column(step) {
     const at = this.spans.length ? this.spans.findIndex(([, last]) => last >= step) : this.steps.findIndex((s) => s >= step);
     return at < 0 ? Math.max(0, this.steps.length - 1) : at;
@@ -104,8 +107,10 @@ export function labels(run, most, least = 0) {
 
 export const WAYS = 14; // px left of a chart for the ways around layers
 
+export const layersOf = (count) => `${count} ${count === 1 ? "layer" : "layers"}`;
+
 /** Each way around layers, as a residual block's skip, an arc at x; ``edge(l)`` is the upper edge of a layer's row. */
-export const arcs = (run, i, x, edge) => run.ways(i).map(([[low, high], carries]) => html`<path d="M${x} ${edge(low)}C${x - WAYS} ${edge(low)} ${x - WAYS} ${edge(high)} ${x} ${edge(high)}" fill="none" stroke="var(--soft)" stroke-width="1.3"><title>a way around ${high - low} layers${finite(carries) ? html`, carries × ${factor(carries, (d) => `10^${fixed(d)}`)}` : ""}</title></path>`);
+export const arcs = (run, i, x, edge) => run.ways(i).map(([[low, high], carries]) => html`<path d="M${x} ${edge(low)}C${x - WAYS} ${edge(low)} ${x - WAYS} ${edge(high)} ${x} ${edge(high)}" fill="none" stroke="var(--soft)" stroke-width="1.3"><title>a way around ${layersOf(high - low)}${finite(carries) ? html`, carries × ${factor(carries, (d) => `10^${fixed(d)}`)}` : ""}</title></path>`);
 
 /** Every how many rows a label fits. */
 export const everyLabel = (rowHeight) => Math.max(1, Math.ceil(13 / rowHeight));
@@ -141,10 +146,10 @@ export function timeBar(host, run, state, x0, x1, moved, shown = null) {
     <line x1="${x0}" x2="${x1}" y1="${bottom}" y2="${bottom}" stroke="var(--rule)"/>
     ${guessing && guessing <= ceiling ? html`<line x1="${x0}" x2="${x1}" y1="${y(guessing)}" y2="${y(guessing)}" stroke="var(--rule)" stroke-dasharray="1 3"/>
     <text class="f" x="${left}" y="${y(guessing) + 4}" text-anchor="end">${wide ? "guessing " : ""}${fixed(guessing, 2)}</text>` : ""}
-    <text class="f" x="${left}" y="${bottom + 4}" text-anchor="end">${there.length ? (wide ? "loss 0" : "0") : "no loss told"}</text>
+    <text class="f" x="${left}" y="${bottom + 4}" text-anchor="end">${there.length ? (wide ? "loss 0" : "0") : (wide ? "no loss told" : "no loss")}</text>
     <path d="${path}" fill="none" stroke="var(--soft)" stroke-width="1.1"/>
     ${bad >= 0 ? html`<text x="${Math.min(position(steps[bad]) + 6, x1 - 170)}" y="${top - 6}" style="fill:var(--nonfinite)">loss not finite from step ${steps[bad]}</text>`
-    : most > ceiling ? html`<text class="f" x="${x1}" y="${top - 8}" text-anchor="end">loss up to ${plainNumber(most)}, cut off here</text>` : ""}
+    : most > ceiling ? html`<text class="f" x="${x1}" y="${top - 8}" text-anchor="end">loss up to ${plainNumber(most)}, cut off</text>` : ""}
     <g class="cursor"></g></svg><input type="range" min="0" max="${count - 1}" value="${state.step}" aria-label="Training step">`);
   const input = $("input", host), cursor = $(".cursor", host);
   const lossAt = (step) => { const k = steps.findLastIndex((s) => s <= step); return k < 0 ? null : first[k]; };

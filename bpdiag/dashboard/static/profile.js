@@ -45,7 +45,7 @@ function stack(parts, x, y, height, low, high) {
 export function profile(root, app) {
   const { run, state } = app, n = run.layers.length, count = run.steps.length, theory = run.theory;
   draw(root, html`${header(run, true)}<div class="time"></div><div class="grid profile" tabindex="0" role="application" aria-label="Profile over ${n} layers; up and down choose a layer, left and right a step, Enter opens the chain"><svg class="picture"></svg></div><div class="keys"></div><div class="read"></div>`);
-  const host = $(".profile", root), svg = $("svg", host), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 9) : labels(run, 20, ROOMY);
+  const host = $(".profile", root), svg = $("svg", host), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 12) : labels(run, 20, ROOMY);
   const rowHeight = Math.max(5, Math.min(narrow ? 20 : 21, Math.round(700 / n))), top = 78, height = top + n * rowHeight, gutter = run.around.length ? WAYS : 0, x0 = side.width + gutter;
   const charts = W - x0 - (narrow ? 6 : 240), xa = x0 + charts * (narrow ? 0.5 : 0.56), xb = xa + (narrow ? 22 : 46), xc = x0 + charts;
   const columns = [xc + 62, xc + 128, xc + 170, W - 4];
