@@ -37,7 +37,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     # showing
     "views": ({"diagnosis", "bridge"}, {"numpy"}),
     "dashboard": ({"views"}, {"tensorboard", "werkzeug", "numpy", "matplotlib"}),
-    "figure": ({"diagnosis"}, {"numpy", "matplotlib"}),
+    "figure": ({"diagnosis", "bridge", "chain", "lesson"}, {"numpy", "matplotlib"}),
     "report": ({"views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
     "bridge": ({"lesson"}, {"numpy"}),
