@@ -222,8 +222,10 @@ def waterfall(factors: Sequence[Factor], title: str) -> Figure:
         so_far = ends[-1]
         axes.plot([column - 0.4, column + 0.6], [so_far, so_far], color=INK, linewidth=1.2)
         known = [end for end in ends if math.isfinite(end)] or [min(reached)]
-        place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(short(factor.value, 3), (column, max(known)), fontsize=10 if formulas else 6.5, **place)
+        size = 10 if formulas else 6.5
+        axes.annotate(
+            short(factor.value, 3), (column, max(known)), (0, 4), textcoords="offset points", ha="center", fontsize=size
+        )
         reached += known
     room = 0.12 * max(0.5, max(reached) - min(reached))
     axes.set_ylim(min(reached) - room, max(reached) + room)

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -414,7 +414,13 @@ def progress(out: Console) -> Iterator[Callable[[int, int, float, float, float],
     """
     words = "[progress.description]{task.description}"
     bar = [BarColumn(20)] if out.width >= 90 else []
-    columns = (words, *bar, MofNCompleteColumn(), TimeRemainingColumn(compact=True), "to go")
+    columns: tuple[str | ProgressColumn, ...] = (
+        words,
+        *bar,
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        "to go",
+    )
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as shown:
         task = shown.add_task("training", total=None)
 

@@ -269,7 +269,7 @@ def _series(trace: Trace, lines: list[int], column: str, log: bool, whose: str) 
     """(S, L) numbers of the weight layers and whether they were measured."""
     values, there = trace.column(column)
     if whose == "activation":  # on its own row where it is a module: the first on the way up that tells it
-        known = there.any(0)
+        known = np.any(there, axis=0).tolist()
         told = [next((j for j in (i, *trace.layers[i].via) if known[j]), i) for i in lines]
     else:
         told = lines

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import csv
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 import xml.etree.ElementTree as ET
@@ -418,6 +420,24 @@ def test_axe_can_find_something(browser, axe, tmp_path):
     browser.open((tmp_path / "bad.html").as_uri())
     browser.js(axe)
     assert browser.driver.execute_async_script(AXE)
+
+
+def test_where_it_is_required_a_test_that_cannot_run_fails(tmp_path):
+    """Of a machine without npm, whose browser tests would lack their rules of accessibility."""
+    for name in ("chromium", "chromedriver"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "axe_can_find"]
+    told = {}
+    for required in ("", "required"):
+        paths = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = {**os.environ, **paths, "BPDIAG_BROWSER": required}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        told[required] = done.returncode, done.stdout
+    assert told[""][0] == 0
+    assert "1 skipped" in told[""][1]
+    assert told["required"][0] == 1
+    assert "npm is not installed" in told["required"][1]
+    assert "in the browser: 0 passed" in told["required"][1]
 
 
 def test_dark_is_dark(browser, page):
