@@ -1,15 +1,6 @@
-"""How long the views keep one waiting: the targets of the tab and the page, measured in a real browser.
+"""How long the views keep one waiting, in a real browser; writes docs/viewing.md.
 
     python benchmarks/viewing.py
-
-Prints the seconds of the first of three runs and of the least:
-
-    read        a trace of 200 weight layers x 10,000 sampled steps, no two numbers alike, by ``views.detail``
-    read, kept  the same when the run's end has kept what is drawn, as ``watch`` does
-    draw        its map on the page, from asking for the page to the last cell
-    tab, deep   its findings in TensorBoard's tab, from asking for the tab's frame: read and drawn
-    tab, 30     Compare over 30 runs in the tab, likewise
-    tab, 1000   over 1,000
 
 Needs selenium, chromium and chromedriver, as the browser tests do.
 """
@@ -19,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -40,6 +32,21 @@ LAYERS, STEPS, PART = 200, 10_000, 64
 WEIGHTS = ("z_", "W_rms", "g_z", "g_W", "dW_rms", "update", "decades", "backward", "weight_f", "slope_f", "forward")
 SLOPES = ("a_", "g_a", "slope_rms")
 REPEATS = 3
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = f"""# What the views keep one waiting
+
+Written by `make bench` (`benchmarks/viewing.py`): seconds, of three times the first and the least. No two numbers of
+the traces are alike; a page's time counts from asking for it, a tab's from asking for its frame, both to the frame of
+the browser that shows it. A run longer than {views.COLUMNS} sampled steps keeps beside its trace what is drawn of it
+(`trace/{views.KEPT}`), made when it ends; while it trains, or where the file is gone, the trace is read, and the tab
+waits ten times as long as that took before it reads again.
+
+| | first | least |
+|---|---|---|
+{{lines}}
+
+Machine: {{machine}}; chromium without a window.
+"""
 DRAWN = """
 const [wanted, done] = arguments;
 const painted = () => requestAnimationFrame(() => done(performance.now()));
@@ -156,44 +163,52 @@ def tensorboard(folder: Path) -> Iterator[str]:
 
 
 def opened(driver: Any, url: str, drawn: str) -> float:
-    """Seconds from asking for a page, or for the tab's frame in it, to a frame with ``drawn`` on it."""
+    """Seconds from asking for a page, or for the tab's frame in TensorBoard, to a frame with ``drawn`` on it."""
     driver.switch_to.default_content()
     driver.get("about:blank")
-    driver.get(url)
-    while url.endswith("#bpdiag") and not driver.find_elements("css selector", "iframe"):
-        time.sleep(0.05)
-    if url.endswith("#bpdiag"):
-        driver.switch_to.frame(driver.find_element("css selector", "iframe"))
+    tab = url.startswith("http")
+    driver.get(f"{url}#bpdiag" if tab else url)
+    if tab:
+        while not (frames := driver.find_elements("css selector", "iframe")):
+            time.sleep(0.05)
+        driver.switch_to.frame(frames[0])
     return float(driver.execute_async_script(DRAWN, drawn)) / 1000
 
 
-def main() -> int:
-    """Measure and print."""
+def main() -> None:
+    """Measure, print and write the page."""
+    lines = []
+
+    def tell(what: str, seconds: list[float]) -> None:
+        lines.append(f"| {what} | {seconds[0]:.2f} | {min(seconds):.2f} |")
+        print(lines[-1], flush=True)
+
     with tempfile.TemporaryDirectory() as given, browser() as driver:
         folder = Path(given)
         run = judged(write_run(folder / "deep" / "run", LAYERS, STEPS))
-        for name, prepare in (("read", lambda: None), ("read, kept", lambda: views.keep(run))):
-            prepare()
-            taken = []
-            for _ in range(REPEATS):
-                begun = time.perf_counter()
-                views.detail(run, "run")
-                taken.append(time.perf_counter() - begun)
-            _tell(name, taken)
+        big = f"{LAYERS} layers x {STEPS:,} steps"
+        tell(f"read {big}, no view kept", [reading(run) for _ in range(REPEATS)])
+        views.keep(run)
+        tell("the same as a run's end leaves it, its view kept", [reading(run) for _ in range(REPEATS)])
         page = report.write_html([run], folder / "deep.html").as_uri()
-        _tell("draw", [opened(driver, f"{page}#view=map", ".grid canvas") for _ in range(REPEATS)])
+        drawn = [opened(driver, f"{page}#view=map", ".grid canvas") for _ in range(REPEATS)]
+        tell("its page: opened, map drawn", drawn)
         with tensorboard(folder / "deep") as address:
-            told = [opened(driver, f"{address}/#bpdiag", "main .finding") for _ in range(REPEATS)]
-            _tell("tab, deep", told)
+            tell("its tab: read, findings drawn", [opened(driver, address, "main .finding") for _ in range(REPEATS)])
         for count in (30, 1_000):
             with tensorboard(sweep(folder / str(count), count)) as address:
-                _tell(f"tab, {count}", [opened(driver, f"{address}/#bpdiag", ".cells svg") for _ in range(REPEATS)])
-    return 0
+                drawn = [opened(driver, address, ".cells svg") for _ in range(REPEATS)]
+                tell(f"the tab with {count:,} runs: Compare drawn", drawn)
+    machine = f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}"
+    (ROOT / "docs" / "viewing.md").write_text(PAGE.format(machine=machine, lines="\n".join(lines)))
 
 
-def _tell(name: str, seconds: list[float]) -> None:
-    print(f"{name:<12}first {seconds[0]:5.2f} s   least {min(seconds):5.2f} s", flush=True)
+def reading(run: Path) -> float:
+    """Seconds that the tab's server takes to read a run."""
+    begun = time.perf_counter()
+    views.detail(run, "run")
+    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

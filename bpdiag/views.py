@@ -101,6 +101,11 @@ def stamp(run: Path) -> float:
     return max((_modified(run / name) for name in files), default=0.0)
 
 
+def has_ended(run: Path) -> bool:
+    """Whether it was judged, which is the last that a run does."""
+    return (run / "summary.json").is_file()
+
+
 def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
