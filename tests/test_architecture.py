@@ -38,7 +38,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     # showing
     "views": ({"diagnosis", "bridge"}, {"numpy"}),
     "dashboard": ({"views"}, {"tensorboard", "werkzeug", "numpy", "matplotlib"}),
-    "figure": ({"tables", "diagnosis"}, {"numpy", "matplotlib"}),
+    "figure": ({"tables", "diagnosis", "bridge", "chain", "lesson"}, {"numpy", "matplotlib"}),
     "report": ({"tables", "views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
     "bridge": ({"lesson"}, {"numpy"}),
