@@ -137,6 +137,16 @@ def rounds(steps: int) -> list[int]:
     return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), max(steps // SECOND_SHARE, FEWEST_STEPS), steps})
 
 
+def soonest(steps: int) -> int:
+    """Steps after which who learns must be seen to: S/4, and as many as learning takes at least.
+
+    Example:
+        >>> soonest(200), soonest(100), soonest(400)
+        (50, 50, 100)
+    """
+    return max(steps // SECOND_SHARE, LEAST_STEPS)
+
+
 @dataclass(frozen=True)
 class Terms:
     """Under which remedies are tried."""
@@ -168,11 +178,13 @@ class Search:
         self.begun, self.worked = time.perf_counter(), time.process_time()
         self.paces: list[float] = []  # seconds a step, of each trial so far
         self.asides: list[float] = []  # seconds a trial takes beside its steps
-        self.before = {n: before(n) for n in rounds(self.steps)} if before else {}
+        self.lengths = sorted({*rounds(self.steps), soonest(self.steps)})
+        self.before = {n: before(n) for n in self.lengths} if before else {}
         self.came: dict[str, list[Outcome]] = {}  # name -> of the most steps, by seed
         self.tried: dict[str, Candidate] = {}
         self.notes: list[str] = []
         self.edge: set[str] = set()  # names of those that do not learn at twice their rate
+        self.left_out = False  # some, for want of time
         self.winner: Candidate | None = None
         self.interrupted = False
 
@@ -191,7 +203,7 @@ class Search:
 
     def first_of_all(self) -> Candidate | None:
         """The first candidate, then the first pair, that works: each for all steps.  Takes as long as it takes."""
-        for n in rounds(self.steps):
+        for n in self.lengths:
             self.before[n] = self._try(None, self.seeds[0], n)
         flow, pace = self._parted()
         return next((arm for arm in (*self.candidates, *pairs(flow, pace)) if self._confirm(arm)), None)
@@ -211,7 +223,7 @@ class Search:
 
     def _search(self) -> None:
         """Single changes; where none passes, those on their way still, and pairs."""
-        for n in rounds(self.steps):
+        for n in self.lengths:
             if n not in self.before:
                 self.before[n] = self._try(None, self.seeds[0], n)
                 self._see_whether_it_is_worth_it()
@@ -219,6 +231,8 @@ class Search:
         sure = [a for a in singles if self._share(a) <= HALVED]
         if not self._first_that_passes(sure):
             self._first_that_passes([a for a in singles if a not in sure] + self._race(self._pairs(singles)))
+        if self.winner is None and self.left_out:
+            raise OutOfTimeError
 
     def _pairs(self, on_course: Sequence[Candidate]) -> list[Candidate]:
         """Of the changes of what flows those at the edge, slowed down; else those on course, then the nearest to it."""
@@ -261,7 +275,9 @@ class Search:
         """Those on course after S/4 steps."""
         first, second = rounds(self.steps)[1], rounds(self.steps)[-2]
         spare = self.left() - len(self.seeds) * self._cost(self.steps) - FINALISTS * self._cost(second)
-        arms = list(arms)[: max(int(spare / max(self._cost(first), 1e-9)), 0)]
+        room = max(int(spare / max(self._cost(first), 1e-9)), 0)
+        self.left_out |= room < len(arms)
+        arms = list(arms)[:room]
         for arm in arms:
             self._first(arm, first)
         arms = sorted(arms, key=self._rank)[: max(math.ceil(len(arms) / KEPT), FINALISTS)]
@@ -286,11 +302,10 @@ class Search:
         return False
 
     def _confirm(self, arm: Candidate) -> bool:
-        """Train it at twice its rate for S/4 steps, then on one seed after the other for all, until it fails."""
-        quarter = rounds(self.steps)[-2]
-        fast = self._try(arm, self.seeds[0], quarter, FASTER)
-        self.came.setdefault(arm.name, [])
-        if not fast.loss <= LOWER * reference(self.before[quarter], fast, self.guess):
+        """Train it at twice its rate until it must be seen to learn, then for all steps, seed after seed."""
+        some = soonest(self.steps)
+        fast = self._try(arm, self.seeds[0], some, FASTER)
+        if not fast.loss <= LOWER * reference(self.before[some], fast, self.guess):
             self.edge.add(arm.name)
             self.notes.append(f"{arm.name}: at twice its rate it does not learn, so near is it to the edge")
             return False
