@@ -31,7 +31,7 @@ LARGE = 10_000_000  # parameters: of larger models no trial waits in memory for 
 PROBED = 4  # steps, to see how long one takes
 # Whole trials that a search takes the time of: the training as it is, three seeds, and what is dropped on the way.
 WHOLE = 8
-SAMPLES = 20  # of the training as it is, where no findings are given
+SAMPLES = 10  # of the training as it is, where no findings are given
 Loss = Callable[..., Tensor]
 
 
@@ -179,7 +179,7 @@ class Subject:
             UsageError: The time was over first.
         """
         training = self.start(None, SEEDS[0])
-        every = max(steps // SAMPLES, 1)
+        every = math.ceil(steps / SAMPLES)
         with watch(training.model, training.optimizer, every=every, planned_steps=ASSUMED_STEPS) as watching:
             for n in range(steps):
                 if time.perf_counter() > end:

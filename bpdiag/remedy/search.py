@@ -132,9 +132,10 @@ def rounds(steps: int) -> list[int]:
 
     Example:
         >>> rounds(200), rounds(50)
-        ([1, 12, 50, 200], [1, 10, 12, 50])
+        ([1, 12, 50, 200], [1, 10, 25, 50])
     """
-    return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), max(steps // SECOND_SHARE, FEWEST_STEPS), steps})
+    second = max(steps // SECOND_SHARE, min(steps // 2, LEAST_STEPS))  # sooner than that few can be seen to learn
+    return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), second, steps})
 
 
 def soonest(steps: int) -> int:
@@ -274,7 +275,8 @@ class Search:
     def _race(self, arms: Sequence[Candidate]) -> list[Candidate]:
         """Those on course after S/4 steps."""
         first, second = rounds(self.steps)[1], rounds(self.steps)[-2]
-        spare = self.left() - len(self.seeds) * self._cost(self.steps) - FINALISTS * self._cost(second)
+        to_come = len(self.seeds) * self._cost(self.steps) + self._cost(soonest(self.steps))  # of a winner
+        spare = self.left() - to_come - FINALISTS * self._cost(second)
         room = max(int(spare / max(self._cost(first), 1e-9)), 0)
         self.left_out |= room < len(arms)
         arms = list(arms)[:room]
