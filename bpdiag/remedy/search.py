@@ -2,9 +2,9 @@
 
 Successive halving.  After its first step a change is dropped at which the harm is found still.  The others train for
 S/16 steps, the better quarter of them for S/4.  Who has halved the loss by then is trained for all S, the gentlest of
-the best first, on one seed after the other; but before that for S/4 at twice its rate, and dropped if it does not learn
-there: what works only just inside the edge of stability works on some seeds and not on others.  Where no single change
-passes, those that let the gradient through are raced again, each with a change of the pace.
+the best first, on one seed after the other; but before that for S/4 at twice its rate, and dropped if it has not halved
+the loss there too: what works only just inside the edge of stability works on some seeds and not on others.  Where no
+single change passes, those that let the gradient through are raced again, each with a change of the pace.
 
 Source:
     Jamieson & Talwalkar 2016 (successive halving); LeCun et al. 1998, section 5 (on a parabola the best rate is half of
@@ -207,7 +207,11 @@ class Search:
         for n in self.lengths:
             self.before[n] = self._try(None, self.seeds[0], n)
         flow, pace = self._parted()
-        return next((arm for arm in (*self.candidates, *pairs(flow, pace)) if self._confirm(arm)), None)
+        for arm in (*self.candidates, *pairs(flow, pace)):
+            self._first(arm, rounds(self.steps)[-2])
+            if self._confirm(arm):
+                return arm
+        return None
 
     def left(self) -> float:
         """Seconds, of the clock or of the processor, whichever are fewer."""
@@ -244,10 +248,14 @@ class Search:
         return [p for turn in turns for p in turn if p is not None][:MOST_PAIRS]  # each one's first pace first
 
     def _fitting(self, arm: Candidate, pace: Sequence[Candidate]) -> list[Candidate]:
-        """Slower where its loss rose, was not finite or is at the edge, faster where it fell, all where it stood."""
+        """Slower where its loss rose, was not finite or is at the edge, faster where it fell, all where it stood.
+
+        An optimizer with a rate of its own first: it needs no guess of the direction.
+        """
         share = self._share(arm)
         away = 1 if arm.name in self.edge or not share <= 1 / LOWER else -1 if share < LOWER else 0
-        return [p for p in pace if not away or p.direction != away]
+        fitting = [p for p in pace if not away or p.direction != away]
+        return sorted(fitting, key=lambda p: p.level != "optimizer")
 
     def _see_whether_it_is_worth_it(self) -> None:
         """Raise OutOfTimeError where the time allowed is less than one remedy needs."""
@@ -305,11 +313,13 @@ class Search:
 
     def _confirm(self, arm: Candidate) -> bool:
         """Train it at twice its rate until it must be seen to learn, then for all steps, seed after seed."""
-        some = soonest(self.steps)
+        some, enough = soonest(self.steps), HALVED if self._share(arm) <= HALVED else LOWER
         fast = self._try(arm, self.seeds[0], some, FASTER)
-        if not fast.loss <= LOWER * reference(self.before[some], fast, self.guess):
+        if not fast.loss <= enough * reference(self.before[some], fast, self.guess):
             self.edge.add(arm.name)
-            self.notes.append(f"{arm.name}: at twice its rate it does not learn, so near is it to the edge")
+            self.notes.append(
+                f"{arm.name}: at twice its rate it learns no more, so near is it to the edge of stability"
+            )
             return False
         before = self.before[self.steps]
         for seed in self.seeds:
