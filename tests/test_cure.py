@@ -451,6 +451,10 @@ def strangers(model):
         ({"data": X}, r"this is one batch; write \[batch\]"),
         ({"loss": lambda model, batch: model(batch[0])}, "it must give one number that has a gradient"),
         ({"make_optimizer": lambda model: 3}, "make_optimizer gives a int"),
+        (
+            {"make": lambda: mlp().requires_grad_(False)},
+            "nothing to train: of its 16 parameters none asks for a gradient",
+        ),
         ({"make_optimizer": strangers}, "holds no parameter of the model that it is given"),
         ({"steps": 49}, "steps=49: too few"),
         ({"seconds": 0}, "seconds=0: no time to try anything"),

@@ -105,6 +105,11 @@ def test_pairs_are_raced_where_no_single_change_has_halved_the_loss_by_then():
     assert Scripted(told).run().recommended.name == "start, slow"
 
 
+def test_an_exhaustive_search_goes_by_the_same_rules():
+    assert Scripted({"start": [0.4, 0.4, 0.4, 2.3], "norm, slow": [0.4] * 3}).first_of_all().name == "norm, slow"
+    assert Scripted({"start": [0.4, 0.4, 2.3]}).first_of_all() is None
+
+
 def test_what_did_not_work_is_not_recommended():
     cure = Scripted({"norm": [1.9] * 3}).run()
     assert cure.recommended is None

@@ -168,6 +168,10 @@ class Subject:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"make_optimizer gives a {type(optimizer).__name__}; it must give a torch optimizer")
         theirs = {id(p) for p in model.parameters()}
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UsageError(
+                f"the model has nothing to train: of its {len(theirs)} parameters none asks for a gradient"
+            )
         if not any(id(p) in theirs for group in optimizer.param_groups for p in group["params"]):
             raise UsageError("make_optimizer: its optimizer holds no parameter of the model that it is given")
         return optimizer

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from bpdiag.diagnosis import Finding
-from bpdiag.remedy.candidate import Candidate, groups
+from bpdiag.remedy.candidate import LONGEST, WARM, Candidate, groups
 from bpdiag.remedy.surgery import activations, blocks, unregistered, weight_layers
 
 RATES = {"a tenth of the rate": 0.1, "0.3 of the rate": 0.3, "three times the rate": 3, "ten times the rate": 10}
 SQUASHES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.Tanh, nn.ReLU, nn.ReLU6)  # that no logits should pass
 CLOSE = 1e-2  # to 1, of half precision's sums too
-WARM = 50  # steps of a warm-up
 LEAST_EPS = 1e-8  # Adam's own
 LEAST_SHARE = 1e-30  # of which a logarithm is taken: float32 holds it, and a gradient of 1e30 times a share of it is 1
 
@@ -88,7 +87,7 @@ def _pace(optimizer: torch.optim.Optimizer) -> Iterator[Candidate]:
         yield Candidate(name, "rate", code=code, direction=1 if factor > 1 else -1)
     warm = f"warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters={WARM})"
     yield Candidate("warm-up", "rate", code={"optimizer": warm, "step": "warm.step()"}, direction=-1)
-    clip = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
+    clip = f"torch.nn.utils.clip_grad_norm_(model.parameters(), {LONGEST})"
     yield Candidate("clipping", "rate", code={"gradient": clip}, direction=-1)
     if any(g.get("eps", 0.0) > LEAST_EPS for g in optimizer.param_groups):
         yield Candidate("Adam's own eps", "rate", code={"optimizer": _all_groups(f'g["eps"] = {LEAST_EPS}')})
