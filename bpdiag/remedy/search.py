@@ -37,7 +37,7 @@ LEAST_STEPS = 50  # in fewer not even a healthy net halves its loss
 FIRST_SHARE, SECOND_SHARE = 16, 4  # of S: steps of the first and of the second round
 FEWEST_STEPS = 10  # of the first round
 KEPT = 4  # one of so many goes on
-FINALISTS = 3
+FINALISTS = 3  # of a race, at least
 PAIRED = 3  # changes of what flows that are paired
 MOST_PAIRS = 9  # in a race: of three changes each with two rates and an optimizer
 
@@ -299,11 +299,9 @@ class Search:
         return on_course
 
     def _first_that_passes(self, arms: Sequence[Candidate]) -> bool:
-        """Whether one of the best was seen to work."""
+        """Whether one of them was seen to work, the best tried first."""
         left = list(arms)
-        for _ in range(FINALISTS):
-            if not left:
-                break
+        while left:
             arm = self._gentlest(left)
             left.remove(arm)
             if self._confirm(arm):
