@@ -95,6 +95,7 @@ def test_who_does_not_learn_at_twice_its_rate_is_slowed_down():
     assert cure.recommended.name == "start, slow"
     assert "start: at twice its rate it learns no more" in cure.notes[0]
     assert "norm, slow" not in {name for name, _, _ in search.trials}
+    assert Scripted({"start": [0.4, 0.4, 0.4, 2.3], "norm, slow": [0.5] * 3}).run().recommended.name == "norm, slow"
     assert Scripted({"start": [0.4, 0.4, 0.4, 1.1], "start, slow": [0.5] * 3}).run().recommended.name == "start"
 
 

@@ -227,25 +227,30 @@ class Search:
         return statistics.median(self.asides) + steps * statistics.median(self.paces) if self.paces else 0.0
 
     def _search(self) -> None:
-        """Single changes; where none passes, those on their way still, and pairs."""
+        """Single changes; where none passes, those on their way still, and pairs: first what is at the edge, slower."""
         for n in self.lengths:
             if n not in self.before:
                 self.before[n] = self._try(None, self.seeds[0], n)
                 self._see_whether_it_is_worth_it()
         singles = self._race(self._alive(self.candidates))
         sure = [a for a in singles if self._share(a) <= HALVED]
-        if not self._first_that_passes(sure):
-            self._first_that_passes([a for a in singles if a not in sure] + self._race(self._pairs(singles)))
-        if self.winner is None and self.left_out:
+        if self._first_that_passes(sure):
+            return
+        unsure = [a for a in singles if a not in sure]
+        flow = sorted(self._parted()[0], key=lambda c: (c not in singles, *self._flows(c)))
+        edge = [c for c in flow if c.name in self.edge]
+        for some in filter(None, (edge, [c for c in flow if c not in edge])):
+            if self._first_that_passes(unsure + self._race(self._pairs(some[:PAIRED]))):
+                return
+            unsure = []
+        if self.left_out:
             raise OutOfTimeError
 
-    def _pairs(self, on_course: Sequence[Candidate]) -> list[Candidate]:
-        """Of the changes of what flows those at the edge, slowed down; else those on course, then the nearest to it."""
-        flow, pace = self._parted()
-        known = [c for c in flow if c.name in self.edge] or [c for c in flow if c.name in self.came]
-        known.sort(key=lambda c: (c not in on_course, *self._flows(c)))
-        turns = itertools.zip_longest(*(pairs([one], self._fitting(one, pace)) for one in known[:PAIRED]))
-        return [p for turn in turns for p in turn if p is not None][:MOST_PAIRS]  # each one's first pace first
+    def _pairs(self, flow: Sequence[Candidate]) -> list[Candidate]:
+        """Each with what its pace lacks, each one's likeliest before the second of any."""
+        pace = self._parted()[1]
+        turns = itertools.zip_longest(*(pairs([one], self._fitting(one, pace)) for one in flow))
+        return [p for turn in turns for p in turn if p is not None][:MOST_PAIRS]
 
     def _fitting(self, arm: Candidate, pace: Sequence[Candidate]) -> list[Candidate]:
         """Slower where its loss rose, was not finite or is at the edge, faster where it fell, all where it stood.
@@ -315,9 +320,7 @@ class Search:
         fast = self._try(arm, self.seeds[0], some, FASTER)
         if not fast.loss <= enough * reference(self.before[some], fast, self.guess):
             self.edge.add(arm.name)
-            self.notes.append(
-                f"{arm.name}: at twice its rate it learns no more, so near is it to the edge of stability"
-            )
+            self.notes.append(f"{arm.name}: at twice its rate it learns no more, so near is the edge of stability")
             return False
         before = self.before[self.steps]
         for seed in self.seeds:
