@@ -14,7 +14,7 @@ from typing import Any
 from bpdiag import meanfield, training
 from bpdiag.config import Config, RemedyConfig, UsageError, flat, planned_steps
 from bpdiag.diagnosis import Finding
-from bpdiag.remedy.candidate import Candidate, groups
+from bpdiag.remedy.candidate import LONGEST, WARM, Candidate, groups
 from bpdiag.remedy.search import LEAST_STEPS, Cure, Progress, Search, Terms
 from bpdiag.remedy.trial import Tell, Training, reached
 from bpdiag.rules import ACTIVATIONS
@@ -22,8 +22,6 @@ from bpdiag.trace import Trace, write_json
 
 SEEDS = 3  # of the winner: the run's own and the next two
 RATES = {"a tenth of the rate": 0.1, "0.3 of the rate": 0.3, "three times the rate": 3.0, "ten times the rate": 10.0}
-WARM = 50  # steps of a warm-up: a quarter of a trial's 200
-LONGEST = 1.0  # of a clipped gradient: the length that most recipes have (GPT-3's, for one)
 ADAM_RATE = 1e-3  # its authors' (Kingma & Ba 2015, algorithm 1)
 
 
