@@ -69,10 +69,11 @@ class DataConfig:
 class OptimizerConfig:
     """How a gradient becomes a step."""
 
-    name: str = option("sgd", "sgd or adam")
+    name: str = option("sgd", "sgd, adam or adamw")
     lr: float = option(0.01, "learning rate")
     momentum: float = option(0.9, "of sgd")
-    weight_decay: float = option(0.0, "added to the gradient, times the weight")
+    nesterov: bool = option(False, "of sgd: the step looks ahead along the momentum")
+    weight_decay: float = option(0.0, "added to the gradient, times the weight; of adamw taken from the weight itself")
     eps: float = option(1e-8, "of adam: a gradient far below it moves nothing")
     warmup: int = option(0, "steps over which the rate rises in a line, from lr/warmup to lr; 0: none")
     clip: float = option(0.0, "a gradient longer than this, over all parameters, is shortened to it; 0: none")
@@ -95,7 +96,9 @@ class WatchConfig:
 
     every: int = option(10, "steps between two measurements; 1: every step")
     histograms: bool = option(False, "of every layer's output, weights and gradients, in TensorBoard")
-    pictures: bool = option(True, "test pictures with predictions and the confusion matrix, in TensorBoard")
+    pictures: bool = option(
+        True, "test pictures with predictions and the confusion matrix, in TensorBoard; of a sweep where asked for"
+    )
 
 
 @dataclass
