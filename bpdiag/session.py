@@ -196,7 +196,7 @@ class Watch:
             if self._board is not None and self._log is not None:
                 findings = self._findings()
                 diagnosis.write(self.trace, findings, self._log)
-                views.keep(Path(self._log))
+                views.keep(Path(self._log), len(self.trace.sampled_steps))
                 self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
                 self._tell_settings(findings)
         finally:
