@@ -51,7 +51,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "session": ({"hooks", "diagnosis", "views", "dashboard", "terminal", "__init__"}, {"torch"}),
     "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
-        {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
+        {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard", "figure"},
         {"torch", "numpy", "PIL"},
     ),
     "remedy": (
