@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bpdiag
 from bpdiag import commands
@@ -242,7 +242,7 @@ def _train(arguments: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from bpdiag.launcher import TELLS, JobsFailedError
+    from bpdiag.launcher import TELLS, JobsFailedError, close_pool
 
     flags = [word for word in arguments if word in ("--json", "--quiet")]
     arguments = [word for word in arguments if word not in flags]
@@ -275,6 +275,8 @@ def _train(arguments: list[str]) -> int:
         except Exception:
             traceback.print_exc()
             return 1
+        finally:
+            close_pool()
     return 0
 
 
@@ -291,12 +293,10 @@ def _refusals() -> tuple[type[Exception], ...]:
 def _hydra_in_words() -> Iterator[None]:
     """Hydra knows our schema inside; what it refuses is told as a UsageError."""
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
-    from bpdiag.launcher import job_folder
+    from bpdiag.launcher import register_resolvers
 
-    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-    OmegaConf.register_new_resolver("run_name", lambda experiment, data: experiment or data, replace=True)
+    register_resolvers()
     ConfigStore.instance().store(name="schema", node=Config, provider="bpdiag")
     try:
         yield
@@ -312,11 +312,13 @@ def _composed(overrides: list[str]) -> Config:
     """
     from hydra import compose, initialize_config_dir
 
+    from bpdiag.composing import configured
+
     with _hydra_in_words(), initialize_config_dir(str(conf()), version_base="1.3", job_name="bpdiag"):
         swept = [o.input_line for o in _understood(overrides, None) if o.is_sweep_override()]
         if swept:
             raise UsageError(f"{swept[0]}: one value at a time")
-        return _config(compose("config", overrides))
+        return configured(compose("config", overrides))
 
 
 def _understood(overrides: list[str], config_dir: str | None) -> list[Any]:
@@ -346,27 +348,28 @@ def _as_argv(arguments: list[str]) -> Iterator[None]:
 
 
 def _job(composed: Any) -> Any:
-    """One job of Hydra's: train, and say what came of it."""
+    """One job of Hydra's: train, and say what came of it.  (Those of a sweep are trained by ``launcher``.)"""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from bpdiag import terminal
-    from bpdiag.launcher import TELLS
-    from bpdiag.results import Outcome
+    from bpdiag.composing import configured
+    from bpdiag.job import cured, outcome_of
+    from bpdiag.launcher import TELLS, of_a_sweep
     from bpdiag.training import train
 
-    config, folder = _config(composed), Path(HydraConfig.get().runtime.output_dir)
-    several = HydraConfig.get().mode is RunMode.MULTIRUN
-    if several and not any(word.startswith("remedy.") for word in HydraConfig.get().overrides.task):
-        config.remedy.steps = 0  # each sick job would take twice as long
+    config, folder = configured(composed), Path(HydraConfig.get().runtime.output_dir)
+    several = HydraConfig.get().mode is RunMode.MULTIRUN  # with another launcher than ours
+    if several:
+        config = of_a_sweep(config, HydraConfig.get().overrides.task)
     if several or TELLS.get() == "quiet":
         result = train(config, folder)
-        cure = _cure(result)
+        cure = cured(result)
     elif TELLS.get() == "json":
         from bpdiag.trace import plain
 
         result = train(config, folder)
-        cure = _cure(result)
+        cure = cured(result)
         told = {"run": str(_relative(folder)), "metrics": result.metrics, "findings": result.findings}
         told |= cure.to_dict() if cure else {}
         print(json.dumps(plain(told), indent=1, ensure_ascii=False))
@@ -384,35 +387,13 @@ def _job(composed: Any) -> Any:
         terminal.report(result.trace, result.findings, _relative(folder), out)
         terminal.metrics(result.metrics, out)
         with terminal.trying(out) as trying:
-            cure = _cure(result, trying)
+            cure = cured(result, trying)
         terminal.cure(cure, out)
-    if cure is not None and cure.interrupted:
-        raise KeyboardInterrupt
-    return Outcome.of(result.trace, result.findings, result.metrics, flat(config))
-
-
-def _cure(result: Any, progress: Any = None) -> Any:
-    """Remedies for a run with findings, tried for no longer than it took, and kept; None where none are asked for."""
-    if not result.findings or not result.config.remedy.steps:
-        return None
-    from bpdiag.remedy import cure_run, keep
-
-    told = result.config, result.trace, result.findings, result.metrics
-    cure = cure_run(*told, no_dearer=True, progress=progress)
-    keep(cure, result.folder)
-    return cure
+    return outcome_of(result, cure)
 
 
 def _relative(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def _config(composed: Any) -> Config:
-    """A composed configuration as our dataclasses."""
-    from omegaconf import OmegaConf
-
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), own)))  # its schema says so
 
 
 def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None:
@@ -423,8 +404,13 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
     """
     from hydra import compose, initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
+
+    from bpdiag import job, launcher
+    from bpdiag.composing import Composer, configured
+    from bpdiag.results import require
 
     if config_dir is not None and not says_yes(Path(config_dir).is_dir):
         raise UsageError(f"--config-dir {config_dir}: no such folder; it holds your own experiment/NAME.yaml")
@@ -449,22 +435,23 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
             params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
             grid = OverridesParser.create().parse_overrides([*params, *overrides])
             extra = fixed[len(parsed) - len(swept) :]
-            jobs = [[*job, *extra] for job in BasicSweeper.split_arguments(grid, None)[0]]
-            twice = next((job for i, job in enumerate(jobs) if job in jobs[:i]), None)
+            jobs = [[*words, *extra] for words in BasicSweeper.split_arguments(grid, None)[0]]
+            twice = next((words for i, words in enumerate(jobs) if words in jobs[:i]), None)
             if twice:
                 raise UsageError(f"{' '.join(twice)}: asked for twice in one sweep")
         else:
             jobs = [fixed]  # another sweeper decides as it goes
-        from bpdiag.results import require
-        from bpdiag.training import check
-
-        require(_config(base).expect)
-        for job in jobs:
-            try:
-                check(_config(compose("config", job, return_hydra_config=True)))
-            except UsageError as error:
-                where = f" (job {' '.join(job)})" if len(jobs) > 1 else ""
-                raise UsageError(f"{error}{where}") from error
+        require(configured(base).expect)
+        refused = job.refused
+        if several and base.hydra.launcher._target_ == launcher.StackConfig._target_:
+            launcher.check(base.hydra.launcher)
+            refused = partial(launcher.pool(base.hydra.launcher).ask, refused)  # they begin while we compose
+        loader = Composer(GlobalHydra.instance().config_loader())
+        own = [[word for word in words if not word.startswith("hydra")] for words in jobs]
+        configs = [configured(loader.load_sweep_config(base, words) if several else base) for words in own]
+        if bad := refused(configs):
+            number, why = bad
+            raise UsageError(f"{why} (job {' '.join(jobs[number])})" if len(jobs) > 1 else why)
 
 
 def _parsed(parser: Any, word: str) -> Any:

@@ -19,7 +19,8 @@ from bpdiag.chain import Chain
 from bpdiag.config import UsageError
 from bpdiag.diagnosis import Profile
 from bpdiag.lesson import short
-from bpdiag.trace import Trace, replace
+from bpdiag.tables import replace
+from bpdiag.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,9 +1,11 @@
-"""Tables on disk, in several files of perhaps several versions: read in part, joined as one."""
+"""Tables on disk, in several files of perhaps several versions: read in part, joined as one, written whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,3 +39,18 @@ def joined(schema: pa.Schema, tables: Sequence[pa.Table]) -> pa.Table:
     known = [[field for field in schema if field.name in table.column_names] for table in tables]
     alike = [table.select([f.name for f in own]).cast(pa.schema(own)) for table, own in zip(tables, known, strict=True)]
     return pa.concat_tables([schema.empty_table(), *alike], promote_options="default")
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have ``write`` write a file aside and give it its name when it is whole: no reader meets a torn one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """As a file, whole or not at all."""
+    replace(path, lambda aside: pq.write_table(table, aside, compression="zstd"))

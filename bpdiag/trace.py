@@ -238,7 +238,7 @@ class Trace:
         with _damage_told(here):
             # listed before the layer table is read: a run still going on only adds to it
             files, told = (sorted(here.glob(f"{kind}-*.parquet")) for kind in ("part", "steps"))
-            every = tables.joined(_STEPS, [tables.read(path, ("step",)) for path in told])
+            every = tables.joined(STEPS, [tables.read(path, ("step",)) for path in told])
             gaps = [
                 Missing(**line) for path in here.glob("missing.parquet") for line in pq.read_table(path).to_pylist()
             ]
@@ -247,7 +247,7 @@ class Trace:
             layers = [_layer(line) for line in meta.pop("layers")] if schema == SCHEMA else []
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
-        nothing = cls(_ROWS.empty_table(), every, layers, gaps, meta)
+        nothing = cls(ROWS.empty_table(), every, layers, gaps, meta)
         if not files:
             yield nothing
         for path in files:
@@ -262,7 +262,7 @@ class Trace:
     def joined(cls, parts: Iterable[Trace]) -> Trace:
         """Parts of one trace as a whole one."""
         first, *others = parts
-        return dataclasses.replace(first, table=tables.joined(_ROWS, [first.table, *(part.table for part in others)]))
+        return dataclasses.replace(first, table=tables.joined(ROWS, [first.table, *(part.table for part in others)]))
 
     def only(self, steps: Any) -> Trace:
         """The same of these sampled steps."""
@@ -276,8 +276,8 @@ class Trace:
             TraceError: There is one already: two runs must not be mixed.
         """
         here = _new_folder(folder)
-        _write_table(self.table, here / "part-00000.parquet")
-        _write_table(self.steps_table, here / "steps-00000.parquet")
+        tables.write(self.table, here / "part-00000.parquet")
+        tables.write(self.steps_table, here / "steps-00000.parquet")
         _write_missing(self.missing, here)
         _write_meta(self.meta, self.layers, here)
         return here
@@ -392,13 +392,13 @@ class Trace:
         return [i for i, layer in enumerate(self.layers) if layer.is_weight_layer]
 
 
-_ROWS = pa.schema(
+ROWS = pa.schema(
     [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
     + [(name, pa.float64()) for name in COLUMNS]
     + [(name, pa.list_(pa.float64())) for name in ("edge_gain", "gap_gain")]
 )
 _NUMBERS = ("loss", "learning_rate", "loss_scale")
-_STEPS = pa.schema(
+STEPS = pa.schema(
     [
         ("step", pa.int64()),
         *((name, pa.float64()) for name in (*_NUMBERS, *TARGET)),
@@ -434,6 +434,7 @@ class TraceWriter:
         self._missing: dict[tuple[str, int, str, str], list[tuple[int, int]]] = {}
         self._samples, self._parts, self._written = 0, 0, time.monotonic()
         self._last_sampled: int | None = None
+        self._told: list[Missing] = []  # with the parts that were appended
         self._total = 0  # rows written
         self.folder = None
         pa.array([])  # at its first list pyarrow imports pandas, if it is there: now, not in the middle of a training
@@ -484,23 +485,32 @@ class TraceWriter:
         rows, steps = self._pending()
         stored = Trace.load(self.folder) if self.folder else None
         parts, kept_steps = ([stored.table], [stored.steps_table]) if stored else self._kept
-        table, steps_table = tables.joined(_ROWS, [*parts, rows]), tables.joined(_STEPS, [*kept_steps, steps])
+        table, steps_table = tables.joined(ROWS, [*parts, rows]), tables.joined(STEPS, [*kept_steps, steps])
         return Trace(table, steps_table, list(self.layers), self._spans(), dict(self.meta))
 
     def _pending(self) -> tuple[pa.Table, pa.Table]:
         return (
-            pa.Table.from_pylist(self._rows, schema=_ROWS),
-            pa.Table.from_pylist([self._steps[step] for step in sorted(self._steps)], schema=_STEPS),
+            pa.Table.from_pylist(self._rows, schema=ROWS),
+            pa.Table.from_pylist([self._steps[step] for step in sorted(self._steps)], schema=STEPS),
         )
 
+    def append(self, part: Trace) -> None:
+        """Many samples as one part, with all that is missing so far: from whoever measures many runs at once."""
+        if self.folder and self.layers != part.layers:
+            _write_meta(self.meta, part.layers, self.folder)
+        self.layers, self._told = part.layers, part.missing
+        self._keep(part.table, part.steps_table)
+
     def _part(self) -> None:
-        rows, steps = self._pending()
+        self._keep(*self._pending())
+
+    def _keep(self, rows: pa.Table, steps: pa.Table) -> None:
         if self.folder:
             self._total += rows.num_rows
             if rows.num_rows:
-                _write_table(rows, self.folder / f"part-{self._parts:05d}.parquet")
+                tables.write(rows, self.folder / f"part-{self._parts:05d}.parquet")
             if steps.num_rows:
-                _write_table(steps, self.folder / f"steps-{self._parts:05d}.parquet")
+                tables.write(steps, self.folder / f"steps-{self._parts:05d}.parquet")
             _write_missing(self._spans(), self.folder)
         else:
             self._kept[0].append(rows)
@@ -509,17 +519,18 @@ class TraceWriter:
         self._parts, self._written = self._parts + 1, time.monotonic()
 
     def _spans(self) -> list[Missing]:
-        return [
+        found = [
             Missing(name, call, column, first, last, reason)
             for (name, call, column, reason), spans in self._missing.items()
             for first, last in spans
         ]
+        return [*self._told, *found]
 
 
 def write_json(path: Path, content: Any) -> None:
     """JSON with non-finite numbers as the strings NaN, Infinity, -Infinity (JSON has none); written aside, renamed."""
     text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-    replace(path, lambda aside: aside.write_text(text + "\n"))
+    tables.replace(path, lambda aside: aside.write_text(text + "\n"))
 
 
 def plain(value: Any) -> Any:
@@ -576,24 +587,10 @@ def _new_folder(folder: str | os.PathLike[str]) -> Path:
     return here
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` write a file aside and give it its name when it is whole: no reader meets a torn one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write_table(table: pa.Table, path: Path) -> None:
-    replace(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
-
-
 def _write_missing(missing: Sequence[Missing], folder: Path) -> None:
     if missing:
         table = pa.Table.from_pylist([dataclasses.asdict(m) for m in missing], schema=_MISSING)
-        _write_table(table, folder / "missing.parquet")
+        tables.write(table, folder / "missing.parquet")
 
 
 def _write_meta(meta: dict[str, Any], layers: Sequence[Layer], folder: Path) -> None:

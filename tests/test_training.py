@@ -49,6 +49,36 @@ def test_it_is_a_plain_loop_over_the_same_batches():
     torch.testing.assert_close(weights(result), plain, rtol=1e-5, atol=1e-7)
 
 
+WARM = torch.optim.lr_scheduler.LinearLR
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize(("warmup", "clip"), [(4, 0.0), (0, 0.5), (4, 0.5), (1, 0.0)])
+def test_warm_up_and_clipping_are_torchs_own(name, warmup, clip):
+    config = dataclasses.replace(
+        small(steps=7, backward="autograd"), optimizer=OptimizerConfig(name=name, lr=0.05, warmup=warmup, clip=clip)
+    )
+    result = training.train(config)
+    split = data.load(config.data).train
+    net = training.model.build(config.model, 784, 10, config.seed)
+    kinds = {"sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, 0.05)}
+    optimizer = kinds[name](net.parameters())
+    warm = WARM(optimizer, 1 / warmup, total_iters=warmup - 1) if warmup > 1 else None
+    norms = []
+    for rows in training.batches(config, len(split), 7, torch.device("cpu")):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(split.x[rows]), split.y[rows]).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), clip or math.inf))
+        optimizer.step()
+        if warm:
+            warm.step()
+    plain = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    assert min(norms) > 0.5  # every step was clipped
+    torch.testing.assert_close(weights(result), plain, rtol=1e-4, atol=1e-6)
+    bare = weights(training.train(dataclasses.replace(config, optimizer=OptimizerConfig(name=name, lr=0.05))))
+    assert torch.allclose(weights(result), bare) is ((warmup, clip) == (1, 0.0))
+
+
 def test_an_epoch_shows_every_sample_once():
     config = Config(data=DataConfig(batch_size=7_000), training=TrainingConfig(epochs=2))
     rows = list(training.batches(config, 55_000, math.inf, torch.device("cpu")))

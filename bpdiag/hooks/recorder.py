@@ -325,9 +325,9 @@ class Recorder:
             self._step_handles.append(handle)
 
     def _arrived(self, call: Call, i: int, g: Tensor) -> None:
-        call.events[i] = call.events.get(i, 0) + 1
         call.values[f"_{call.g}_{i}"] = norm_by_sample(g, self._shelf)
         call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
+        call.events[i] = call.events.get(i, 0) + 1  # now there is what it promises, should Ctrl-C come
         if i in (0, ~0):
             self._draw(call, call.g, g)
 
