@@ -313,14 +313,9 @@ class Grid:
         table.add_column("job", no_wrap=True)
         for heading in ("predicted", "measured"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in rows if len(shown) == len(rows) else shown:
-            name, predicted, measured = row
-            told = _number(math.nan if predicted is None else predicted, 1)
-            table.add_row(
-                escape(name),
-                told,
-                _number(measured, 1),
-            )
+        for name, predicted, measured in shown if of else rows:
+            expected = "–" if predicted is None else _number(predicted, 1)
+            table.add_row(escape(name), expected, _number(measured, 1))
         self.out.print(table)
         self.out.print()
 
