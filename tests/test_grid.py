@@ -26,7 +26,7 @@ def row(activation, accuracy=0.5):
 
 
 def test_a_look_before_training_has_a_line_for_each_job(capsys):
-    grid.look(
+    grid().look(
         [("sigmoid 0", -16.2, -16.04), ("relu 0", 0.0, 0.42), ("cnn 0", None, -0.31), ("tanh [b]", -0.5, math.inf)]
     )
     lines = capsys.readouterr().out.splitlines()
