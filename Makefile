@@ -18,6 +18,7 @@ check: .venv
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/judging.py
+	$(BIN)/python benchmarks/viewing.py
 
 # Whether what is recommended keeps its promise: docs/remedies.md; an hour of one core.
 remedies: .venv

@@ -26,13 +26,14 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag [KEY=VALUE ...]           train MNIST, watch every layer, say where the gradient died and why
   bpdiag -m KEY=VALUE,VALUE ...    every combination, one table at the end
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
-  bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
-  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json] [--fail-on harm]
+  bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained
+  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--fail-on harm]
   bpdiag diagnose RUN --cure       and try remedies on copies, for up to remedy.seconds
   bpdiag report RUN ... -o FILE    one page that opens offline: map, profile, findings, chain, comparison
   bpdiag plot RUN ... -o FILE      the profile as a picture: .svg, .png or .pdf  [--step N]
+  bpdiag plot [RUN] --chain        the product that a layer's gradient is, as a picture  [--layer NAME]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
-  bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
+  bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named
   bpdiag chain --run RUN --layer NAME [--step N]    the same product, measured in a trained net
 
   bpdiag model.activation=sigmoid model.depth=10
@@ -41,6 +42,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
 Keys and their defaults:
 {keys}
 
+Of all of them:
   --json    what came of it as JSON, on standard output
   --quiet   nothing but errors
 
@@ -105,9 +107,12 @@ def _guarded(arguments: list[str]) -> int:
 
 def _diagnose(arguments: list[str]) -> int:
     """``bpdiag diagnose RUN ...``: judge stored traces again."""
-    parser = commands.Parser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
+    parser = commands.Parser(
+        prog="bpdiag diagnose",
+        description="Judge stored runs again, without torch.",
+        as_json="findings as JSON, one object a run",
+    )
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
-    parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
     parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
     parser.add_argument("--fail-on", metavar="SEVERITY", help="exit with 1 if a run has a finding: harm, warning")
     told = parser.parse_args(arguments)
@@ -127,7 +132,7 @@ def _diagnose(arguments: list[str]) -> int:
         except TraceError as error:  # one that cannot be read stops no other
             refused.append(str(error))
     cures = _cure_stored(judged) if told.cure else {}
-    if told.json and judged:
+    if told.tells == "json" and judged:
         found = [
             {
                 "run": str(run),
@@ -138,6 +143,8 @@ def _diagnose(arguments: list[str]) -> int:
             for run, trace, f in judged
         ]
         print(json.dumps(plain(found), indent=1, ensure_ascii=False))
+    elif told.tells == "quiet":
+        pass
     elif len(judged) == 1:
         run, trace, findings = judged[0]
         terminal.report(trace, findings, run, terminal.console())
@@ -181,7 +188,6 @@ def _chain(arguments: list[str]) -> int:
     parser.add_argument("--run", help="a run folder: measured factors in the place of scalars")
     parser.add_argument("--layer", metavar="NAME", help="of that run: the layer whose dC/dW is told")
     parser.add_argument("--step", type=int, metavar="N", help="of that run: a sampled step; else the last")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)
     if told.run is None and (told.layer is not None or told.step is not None):
         raise UsageError("--layer and --step are of a run: bpdiag chain --run RUN --layer NAME [--step N]")
@@ -196,12 +202,7 @@ def _chain(arguments: list[str]) -> int:
 
         product = bridge.weight_gradient(Trace.load(told.run), told.layer, told.step)
         as_text, as_data = partial(bridge.render, product), partial(bridge.to_data, product)
-    if told.json:
-        from bpdiag.trace import plain
-
-        print(json.dumps(plain(as_data()), indent=1, ensure_ascii=False))
-    else:
-        print(as_text())
+    commands.tell(told.tells, as_data, lambda: print(as_text()))
     return 0
 
 
@@ -209,7 +210,6 @@ def _predict(arguments: list[str]) -> int:
     """``bpdiag predict KEY=VALUE ...``: what theory expects of a run, untrained."""
     parser = commands.Parser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of a run: bpdiag --help has them")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)
     config = _composed(told.words)
 
@@ -220,12 +220,8 @@ def _predict(arguments: list[str]) -> int:
     check_names(config)
     trace = predict(config)
     findings = diagnosis.diagnose(trace)
-    if told.json:
-        from bpdiag.trace import plain
-
-        print(json.dumps(plain({**diagnosis.summarize(trace, findings), "findings": findings}), indent=1))
-    else:
-        terminal.forecast(trace, findings, terminal.console())
+    as_data = {**diagnosis.summarize(trace, findings), "findings": findings}
+    commands.tell(told.tells, lambda: as_data, lambda: terminal.forecast(trace, findings, terminal.console()))
     return 0
 
 

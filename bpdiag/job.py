@@ -78,8 +78,7 @@ def looks(configs: Sequence[Config]) -> list[tuple[float | None, float]]:
     """Decades of the first layer before training, of each: predicted, and measured."""
     from bpdiag import stacking
 
-    look = getattr(stacking, "look", None)
-    return [(one.predicted, one.measured) for one in look(configs)] if look else []
+    return [(one.predicted, one.measured) for one in stacking.look(configs)]
 
 
 def train(task: Task, tell: Tell) -> None:

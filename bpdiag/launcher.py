@@ -86,9 +86,11 @@ def register_resolvers() -> None:
 
 
 def of_a_sweep(config: Config, overrides: Sequence[str]) -> Config:
-    """``config`` without remedies, which would make each sick job take twice as long, unless they are asked for."""
+    """``config`` without what would make a sweep take twice as long, unless it is asked for: remedies, pictures."""
     if not any(word.startswith("remedy.") for word in overrides):
         config.remedy.steps = 0
+    if not any(word.startswith("watch.pictures") for word in overrides):
+        config.watch.pictures = False
     return config
 
 

@@ -21,13 +21,13 @@ import numpy as np
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from bpdiag import diagnosis
 from bpdiag.diagnosis import Finding, Profile
-from bpdiag.diagnosis.finding import percent, real
+from bpdiag.diagnosis.finding import percent, power, real
 from bpdiag.results import Checked, Outcome, Row
 from bpdiag.trace import Trace
 
@@ -433,12 +433,30 @@ def _spread(values: Sequence[float], digits: int, unit: str = "") -> str:
 
 
 @contextmanager
-def progress(out: Console) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar with loss and time to go while a run trains; nothing where the output is no terminal."""
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-        task = bar.add_task("training", total=None)
-        yield lambda step, total, loss: bar.update(task, total=total, completed=step, description=f"loss {loss:.3f}")
+def progress(out: Console) -> Iterator[Callable[[int, int, float, float, float], None]]:
+    """While a run trains: a bar, its loss, how many are right, what reaches the first layer, the time to go.
+
+    Nothing where the output is no terminal; a narrow one gets fewer of them, never half a number.
+    """
+    words = "[progress.description]{task.description}"
+    bar = [BarColumn(20)] if out.width >= 90 else []
+    columns: tuple[str | ProgressColumn, ...] = (
+        words,
+        *bar,
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        "to go",
+    )
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as shown:
+        task = shown.add_task("training", total=None)
+
+        def tell(step: int, planned: int, loss: float, right: float, decades: float) -> None:
+            arrives = "–" if math.isnan(decades) else power(decades)
+            told = f"loss {loss:.3f}  right {percent(right)}"
+            told += f"  first layer gets {arrives}" if out.width >= 70 else ""
+            shown.update(task, total=planned, completed=step, description=told)
+
+        yield tell
 
 
 def metrics(told: dict[str, Any], out: Console) -> None:
