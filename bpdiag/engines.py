@@ -183,10 +183,8 @@ class Local:
     def close(self) -> None:
         """Nothing is left running."""
         for end, process in [*self._idle, *((end, process) for end, (_, process) in self._busy.items())]:
-            busy = end in self._busy
             end.close()
-            if busy:
-                process.kill()
+            process.kill()  # one that has nothing to do has nothing to lose, and torch takes long to take its leave
             process.join()
         self._idle.clear()
         self._busy.clear()
