@@ -131,7 +131,7 @@ def content(folder):
     hydra["choices"].pop("hydra/launcher")
     metrics = json.loads((folder / "metrics.json").read_text())
     findings = json.loads((folder / "findings.json").read_text())["findings"]
-    return names, hydra, list(metrics), [finding["kind"] for finding in findings]
+    return names, hydra, set(metrics) - {"stack"}, [finding["kind"] for finding in findings]
 
 
 def numbers(folder):
