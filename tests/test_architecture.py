@@ -25,6 +25,8 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "meanfield": ({"rules"}, {"torch", "numpy"}),
     # subjects
     "modules": ({"rules"}, {"torch"}),
+    "functional": ({"rules"}, {"torch"}),
+    "swapping": ({"rules", "functional"}, {"torch"}),
     "initialization": ({"rules"}, {"torch"}),
     "model": ({"rules", "modules", "initialization"}, {"torch"}),
     "data": (set(), {"numpy", "torch", "torchvision", "PIL"}),
@@ -81,8 +83,8 @@ STOREYS = [
     ["sketch"],
     ["config", "trace", "__init__"],
     ["chain", "rules", "statistics"],
-    ["modules", "initialization", "meanfield"],
-    ["model", "data"],
+    ["modules", "functional", "initialization", "meanfield"],
+    ["model", "swapping", "data"],
     ["hooks"],
     ["diagnosis", "difference"],
     ["results", "lesson"],
@@ -97,7 +99,17 @@ STOREYS = [
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]
-TABLES = {"RULES", "ACTIVATIONS", "STATISTICS", "DIAGNOSES", "INITIALIZERS", "OPTIMIZERS", "COMMANDS"}
+TABLES = {
+    "RULES",
+    "ACTIVATIONS",
+    "FUNCTIONS",
+    "KNOWN",
+    "STATISTICS",
+    "DIAGNOSES",
+    "INITIALIZERS",
+    "OPTIMIZERS",
+    "COMMANDS",
+}
 
 
 def module_of(path: Path) -> str:

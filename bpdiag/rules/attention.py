@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bpdiag.rules.arguments import flag, floats, number, tensor, wrong
-from bpdiag.rules.function import Rule, wide
+from bpdiag.rules.function import Rule, owned, wide
 
 
 class Attention(Rule):
@@ -52,10 +52,8 @@ class Attention(Rule):
     def forward(q, k, v, mask=None, dropout=None, p=0.0, is_causal=False, scale=None, enable_gqa=False):
         scale = _check(q, k, v, mask, dropout, p, is_causal, scale, enable_gqa)
         if mask is None and dropout is None and q.numel() and k.numel():  # the same in one pass over the keys
-            y = nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-            return y.clone() if y._base is not None else y
+            attention = nn.functional.scaled_dot_product_attention
+            return owned(attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa))
         P = _weights(q, k, mask, is_causal, scale)
         y = torch.matmul(P if dropout is None else P * _kept(dropout, p, P), _for_each_head(wide(v), q))
         return y.to(q.dtype) if q.element_size() < 4 else y

@@ -99,11 +99,11 @@ class CrossEntropy(Rule):
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Any, ...]:
         """z, and y for g_z; weight and settings where there are any."""
-        z, y, weight, *settings = inputs
+        z, y, *general = inputs
         _refuse_gradient("cross_entropy", "weight", needs[2:3])
-        if y.dtype == torch.int64 and _is_plain(weight, *settings):
+        if y.dtype == torch.int64 and _is_plain(*general):
             return z, y
-        return z, y if needs[0] or y.dtype == torch.int64 else None, weight, *settings
+        return z, y if needs[0] or y.dtype == torch.int64 else None, *general
 
     def vjp(g_C, z, y, weight=None, reduction="mean", label_smoothing=0.0, ignore_index=None, needs=(True, False)):
         if y is not None and y.dtype == torch.int64 and _is_plain(weight, reduction, label_smoothing, ignore_index):
@@ -392,7 +392,9 @@ class KlDiv(Rule):
         return g_x, g_c * (p * (y - wide(x) + 1) if log_target else log_p + 1 - wide(x))
 
 
-def _is_plain(weight: Any, reduction: str, label_smoothing: float, ignore_index: int | None) -> bool:
+def _is_plain(
+    weight: Any = None, reduction: str = "mean", label_smoothing: float = 0.0, ignore_index: int | None = None
+) -> bool:
     return weight is None and reduction == "mean" and label_smoothing == 0 and ignore_index is None
 
 
