@@ -11,7 +11,6 @@ import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -138,14 +137,18 @@ class ByHand(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled by the class that it was made from."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (self.torchs,), *state
+        made: Any = super().__reduce_ex__(protocol)
+        return _new, (self.torchs,), *made[2:]
 
 
-@cache
+_MADE: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _by_hand(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class made from one."""
-    return type(kind.__name__, (ByHand, kind), {"__module__": __name__, "torchs": kind})
+    """The class made from one, once."""
+    if kind not in _MADE:
+        _MADE[kind] = type(kind.__name__, (ByHand, kind), {"__module__": __name__, "torchs": kind})
+    return _MADE[kind]
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:
@@ -212,7 +215,7 @@ def _activation(module: nn.Module) -> type[Activation] | None:
 def _why_not(module: nn.Module) -> str | None:
     """Why a module has no rule; None where it has, and where its own forward says what it runs."""
     kind = type(module)
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return f"{kind.__name__} has no weights yet: run it once before"
     for needing in (needing for needing in NEEDED if isinstance(module, needing)):
         for setting, known in NEEDED[needing].items():

@@ -183,15 +183,10 @@ MUTANTS = [
     mutant(CE, "g_y without smoothing", "((1 - label_smoothing) * w * torch", "(w * torch"),
     mutant(CE, "weights dropped", "cost if weight is None else cost * weight[right]", "cost"),
     mutant(CE, "a class too far", "log_p if weight is None else log_p * weight).sum(1)", "log_p).sum(1)"),
-    mutant("nll", "weights dropped", "* w\n", "* torch.ones_like(w)\n"),
-    mutant("nll", "the ignored learn", "q if ignore_index is None else q.masked", "q if True else q.masked"),
-    mutant("nll", "a mean over the samples", "reduction, q.sum())", "reduction, len(y))"),
-    mutant(
-        "nll",
-        "every class",
-        "(y.unsqueeze(-1) == torch.arange(K, device=y.device)) *",
-        "(y.unsqueeze(-1) <= torch.arange(K, device=y.device)) *",
-    ),
+    mutant("nll", "weights dropped", "if weight is None else wide(weight)[right]", "if True else wide(weight)[right]"),
+    mutant("nll", "the ignored learn", "w if counts is None else w * counts", "w"),
+    mutant("nll", "a mean over the samples", "_each(g_C, reduction, w.sum())", "_each(g_C, reduction, len(y))"),
+    mutant("nll", "another class", "1, right.unsqueeze(1), g_right", "1, (right + 1).unsqueeze(1) % K, g_right"),
     mutant("mse", "half", "2 * (wide(x)", "(wide(x)"),
     mutant(
         "mse", "a sum", "functional.mse_loss(x, y, reduction=reduction)", "functional.mse_loss(x, y, reduction='sum')"

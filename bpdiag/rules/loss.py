@@ -142,8 +142,8 @@ class Nll(Rule):
         >>> Nll.apply(x, y), Nll.apply(x, y, torch.tensor([3.0, 1.0]))
         (tensor(2.5000), tensor(1.7500))
         >>> Nll.vjp(torch.tensor(1.0), y, 2)[0]
-        tensor([[-0.5000, -0.0000],
-                [-0.0000, -0.5000]])
+        tensor([[-0.5000,  0.0000],
+                [ 0.0000, -0.5000]])
     """
 
     name = "nll"
@@ -177,10 +177,14 @@ class Nll(Rule):
     def vjp(g_C, y, K, weight=None, reduction="mean", ignore_index=None, needs=(True, False)):
         if not needs[0]:
             return None, None
-        w = torch.ones((), dtype=wide(g_C).dtype, device=y.device) if weight is None else wide(weight)
-        q = (y.unsqueeze(-1) == torch.arange(K, device=y.device)) * w
-        q = q if ignore_index is None else q.masked_fill((y == ignore_index).unsqueeze(-1), 0)
-        return -_each(g_C, reduction, q.sum()).reshape(-1, 1) * q, None
+        counts = None if ignore_index is None else y != ignore_index
+        right = y if counts is None else y.masked_fill(~counts, 0)
+        w = torch.ones_like(y, dtype=wide(g_C).dtype) if weight is None else wide(weight)[right]
+        w = w if counts is None else w * counts
+        g_right = -_each(g_C, reduction, w.sum()) * w
+        return torch.zeros(len(y), K, dtype=w.dtype, device=w.device).scatter(
+            1, right.unsqueeze(1), g_right.unsqueeze(1)
+        ), None
 
 
 class Difference(Rule):

@@ -281,12 +281,11 @@ def _pulled(
     x, h, W, y = kept[0], kept[1], kept[1 + n], kept[-1]
     _, g_a, g_u, states = rule.sweep(wide(g), *kept)
     needs_W, needs_U, needs_b, needs_c = needs[1 + n : 5 + n]
-    before = _before(h, y[0] if n > 1 else y) if needs_U else None
     return (
         torch.matmul(g_a, W) if needs[0] else None,
         *[t if needed else None for t, needed in zip(states, needs[1:], strict=False)],
         torch.matmul(_rows(g_a).t(), _rows(x)) if needs_W else None,
-        torch.matmul(_rows(g_u).t(), _rows(before)) if needs_U else None,
+        torch.matmul(_rows(g_u).t(), _rows(_before(h, y[0] if n > 1 else y))) if needs_U else None,
         g_a.sum((0, 1)) if needs_b else None,
         g_u.sum((0, 1)) if needs_c else None,
     )
