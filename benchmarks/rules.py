@@ -239,7 +239,7 @@ def page(rows: list[list[Any]], rounds: int) -> str:
         "",
         "Written by `make rules` (`benchmarks/rules.py`). Errors are the largest of the output and of every cotangent,",
         "in units in the last place of float32, against torch's own in float64 on the same numbers; beside them",
-        "torch's own in float32, and ours in float64 against torch's in float64, in its units. A number smaller than its",
+        "torch's own in float32, and ours in float64 against torch's, in its units. A number smaller than its",
         "tensor's root mean square counts in the units of that. (Torch's own hardsigmoid takes 1/6 in float32 even for",
         "float64.) Time is forward and backward on one thread, the ratio of the medians of",
         f"{rounds} rounds in turn; kept is what autograd saves for the backward, as a ratio too: 0 is none.",
