@@ -18,6 +18,7 @@ check: .venv
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/judging.py
+	$(BIN)/python benchmarks/viewing.py
 
 # Every rule beside torch's own: docs/rules.md.
 rules: .venv

@@ -20,6 +20,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bpdiag.config import UsageError, nearest
 from bpdiag.lesson import WIDTH, bars, short, table
 from bpdiag.trace import Trace
@@ -158,12 +160,17 @@ def _closing(trace: Trace, row: int, at: int, measured: float) -> list[Term]:
 
 def entering(trace: Trace, row: int, at: int) -> float | None:
     """‖a_{l-1}‖, the norm of what the layer read: measured there, else of the watched output it read unchanged."""
-    own = trace.value("x_norm", row, at)
-    parents = trace.layers[row].parents
-    if own is not None or len(parents) != 1:
-        return own
-    given = trace.value("a_norm", parents[0], at)
-    return trace.value("z_norm", parents[0], at) if given is None else given
+    values, there = entered(trace, row)
+    return float(values[at]) if there[at] else None
+
+
+def entered(trace: Trace, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of every sampled step: (S,) numbers and whether they are there."""
+    parents, (values, there) = trace.layers[row].parents, (x[:, row] for x in trace.column("x_norm"))
+    for column in ("a_norm", "z_norm") if len(parents) == 1 else ():
+        given, known = (x[:, parents[0]] for x in trace.column(column))
+        values, there = np.where(there, values, given), there | known
+    return values, there
 
 
 def _samples(trace: Trace, row: int, at: int) -> int:

@@ -72,11 +72,14 @@ class DataConfig:
 class OptimizerConfig:
     """How a gradient becomes a step."""
 
-    name: str = option("sgd", "sgd or adam")
+    name: str = option("sgd", "sgd, adam or adamw")
     lr: float = option(0.01, "learning rate")
     momentum: float = option(0.9, "of sgd")
-    weight_decay: float = option(0.0, "added to the gradient, times the weight")
+    nesterov: bool = option(False, "of sgd: the step looks ahead along the momentum")
+    weight_decay: float = option(0.0, "added to the gradient, times the weight; of adamw taken from the weight itself")
     eps: float = option(1e-8, "of adam: a gradient far below it moves nothing")
+    warmup: int = option(0, "steps over which the rate rises in a line, from lr/warmup to lr; 0: none")
+    clip: float = option(0.0, "a gradient longer than this, over all parameters, is shortened to it; 0: none")
 
 
 @dataclass
@@ -96,7 +99,9 @@ class WatchConfig:
 
     every: int = option(10, "steps between two measurements; 1: every step")
     histograms: bool = option(False, "of every layer's output, weights and gradients, in TensorBoard")
-    pictures: bool = option(True, "test pictures with predictions and the confusion matrix, in TensorBoard")
+    pictures: bool = option(
+        True, "test pictures with predictions and the confusion matrix, in TensorBoard; of a sweep where asked for"
+    )
 
 
 @dataclass
@@ -155,6 +160,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, 1e6),
     "optimizer.eps": (0, 1e6),
+    "optimizer.warmup": (0, 10**12),
+    "optimizer.clip": (0, 1e6),
     "training.epochs": (1, 1_000_000),
     "training.steps": (0, 10**12),
     "training.threads": (1, 1024),

@@ -21,7 +21,8 @@ from typing import Any
 import bpdiag
 from bpdiag import dashboard, views
 from bpdiag.config import UsageError
-from bpdiag.trace import TraceError, replace
+from bpdiag.tables import replace
+from bpdiag.trace import TraceError
 
 STATIC = Path(dashboard.__file__).parent / "static"
 NUMBERS = 360_000  # of all series together: about 0.6 MB

@@ -18,7 +18,8 @@ from bpdiag import diagnosis
 from bpdiag.config import Config, Expectation, UsageError, choose, flat
 from bpdiag.diagnosis import Finding
 from bpdiag.diagnosis.finding import percent
-from bpdiag.trace import Trace, replace
+from bpdiag.tables import replace
+from bpdiag.trace import Trace
 
 FLOWS = ("vanishing", "exploding")
 VERDICTS = ("lives", "weakened", "dies", "dies later", "blows up", "not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -12,26 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import bpdiag
-from bpdiag import diagnosis, hooks, terminal
-from bpdiag.config import UsageError, dotted
-from bpdiag.dashboard.writer import TensorBoardWriter
-from bpdiag.trace import Trace, TraceWriter
-
-# settings that the hparams tab shows, by their short names: the tab opens on the first five in alphabetical order
-TOLD = {
-    "seed": "seed",
-    "data.batch_size": "batch_size",
-    "model.activation": "activation",
-    "model.bias_variance": "bias_variance",
-    "model.depth": "depth",
-    "model.weight_variance": "weight_variance",
-    "model.width": "width",
-    "optimizer.eps": "optimizer_eps",
-    "optimizer.lr": "lr",
-    "optimizer.momentum": "momentum",
-    "optimizer.name": "optimizer",
-    "optimizer.weight_decay": "weight_decay",
-}
+from bpdiag import hooks, terminal
+from bpdiag.config import UsageError
+from bpdiag.runlog import RunLog
+from bpdiag.trace import Trace
 
 
 def watch(
@@ -133,12 +118,9 @@ class Watch:
         histograms: bool = False,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self._log, self._histograms, self._scaler = log, histograms and log is not None, scaler
+        self.folder, self._histograms, self._scaler = log, histograms and log is not None, scaler
         self._open: Callable[[], None] = lambda: self._begin(model, optimizers, pace, planned_steps)
         self._recorder: hooks.Recorder | None = None
-        self._closed = False
-        self._final: Trace | None = None
-        self._results: dict[str, float] = {}
 
     def _begin(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], pace: hooks.Pace, planned_steps: int | None
@@ -167,10 +149,8 @@ class Watch:
             },
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         }
-        self._writer = TraceWriter(self._log, meta)
-        self._board = TensorBoardWriter(self._log) if self._log is not None else None
-        sinks = [s for s in (self._writer, self._board) if s]
-        self._recorder = hooks.Recorder(model, optimizers, sinks, pace, self._histograms, self._scaler)
+        self._kept = RunLog(self.folder, meta)
+        self._recorder = hooks.Recorder(model, optimizers, self._kept.sinks, pace, self._histograms, self._scaler)
         self._recorder.start()
 
     def __enter__(self) -> Watch:
@@ -182,34 +162,13 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._closed = True
+        recorder = self._running()
         try:
-            self._running().stop()
-            self._writer.meta |= {
-                "unseen": self._running().unseen(),
-                "every": self._running().pace.every,
-                "steps": self._running().step,
-            }
-            self._writer.close()
-            if self._board is not None and self._log is not None:
-                findings = self._findings()
-                diagnosis.write(self.trace, findings, self._log)
-                self._board.add_text("findings", diagnosis.as_markdown(findings), self._running().step)
-                self._tell_settings(findings)
+            recorder.stop()
+            self._kept.steps = recorder.step
+            self._kept.close(unseen=recorder.unseen(), every=recorder.pace.every, steps=recorder.step)
         finally:
-            if self._board is not None:
-                self._board.close()
-
-    def _tell_settings(self, findings: list[diagnosis.Finding]) -> None:
-        """A run of ours in the hparams tab: its configuration, test accuracy, D_1, number of findings."""
-        if "config" in self._writer.meta and self._board is not None:
-            results = {
-                **self._results,
-                "summary/decades_layer_1": diagnosis.summarize(self.trace, findings)["decades_first_layer"],
-                "summary/findings": float(len(findings)),
-            }
-            told = {key: value for key, value in dotted(self._writer.meta["config"]).items() if key in TOLD}
-            self._board.add_settings({TOLD[key]: value for key, value in told.items()}, results, self._running().step)
+            self._kept.release()
 
     def loss(self, loss: Tensor) -> Tensor:
         """Note the step's loss, of every step, and return it; read by the host with the next sample."""
@@ -217,9 +176,10 @@ class Watch:
             raise UsageError(f"watch.loss takes the loss, a tensor or a number; got {type(loss).__name__}")
         self._running().add_loss(loss)
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
-            if "loss" not in self._writer.meta:
-                self._writer.meta["loss"] = hooks.kind_of_loss(loss)
-            self._writer.meta["loss_path"] = self._running().loss_path
+            meta = self._kept.traces.meta
+            if "loss" not in meta:
+                meta["loss"] = hooks.kind_of_loss(loss)
+            meta["loss_path"] = self._running().loss_path
         return loss
 
     def step(self) -> None:
@@ -228,31 +188,35 @@ class Watch:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Numbers of your own for the dashboard: an accuracy, a learning rate."""
-        self._results |= {tag: value for tag, value in values.items() if tag.endswith("/test")}
-        if self._board is not None:
-            self._board.add_scalars(values, step)
+        self._running()
+        self._kept.scalars(values, step)
 
     def image(self, tag: str, png: bytes) -> None:
         """A picture of your own for the dashboard, a PNG."""
-        if self._board is not None:
-            self._board.add_image(tag, png, self.steps)
+        self._kept.steps = self.steps
+        self._kept.image(tag, png)
 
     def note(self, **facts: Any) -> None:
         """Facts for the trace's meta.json: what built the model, say."""
         self._running()
-        self._writer.meta.update(facts)
+        self._kept.traces.meta.update(facts)
 
     def report(self) -> None:
         """Print what a run of ours ends with: the last measured step layer by layer, the verdict, the notes."""
-        terminal.report(self.trace, self._findings(), self._log, terminal.console())
-
-    def _findings(self) -> list[diagnosis.Finding]:
-        return diagnosis.diagnose(self.trace) if len(self.trace.sampled_steps) else []
+        self._running()
+        terminal.report(self.trace, self._kept.findings(), self.folder, terminal.console())
 
     @property
     def last_loss(self) -> float:
         """The loss of the last sampled step that has ended; nan before the first.  Costs no further host read."""
         return self._running().last_loss
+
+    @property
+    def last_decades(self) -> float:
+        """log10 of the share of the output's gradient that reached the lowest layer, in the last sample; nan: none."""
+        told = self._running().last_sample
+        weighty = [values for _, index, values in told.rows if told.layers[index].is_weight_layer] if told else []
+        return float(next((values["decades"] for values in weighty if "decades" in values), math.nan))
 
     @property
     def steps(self) -> int:
@@ -262,13 +226,8 @@ class Watch:
     @property
     def trace(self) -> Trace:
         """All that was measured so far: inside the block a snapshot."""
-        self._running()
-        if not self._closed:
-            self._writer.meta["every"] = self._running().pace.every
-            return self._writer.snapshot()
-        if self._final is None:
-            self._final = self._writer.snapshot()
-        return self._final
+        self._kept.traces.meta["every"] = self._running().pace.every
+        return self._kept.trace
 
     def _running(self) -> hooks.Recorder:
         if self._recorder is None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 DIES, BLOWS, PLAIN, FAINT = "#1a5f9e", "#a84a08", "#8c9197", "#656b73"
 ROW, NAME, BAR, NUMBER = 15, 130, 320, 60  # px: height of a row; widths of its three parts
@@ -60,3 +63,33 @@ def _told(d: float) -> str:
     if math.isfinite(d):
         return f"10^{d:z.1f}".replace("-", "−")
     return "not measured" if math.isnan(d) else "exactly 0" if d < 0 else "infinite"
+
+
+def trace(measured: Any) -> str:
+    """The profile of a ``Trace`` at its last step without a nan; empty where there is none."""
+    at, rows = _shown(measured)
+    if at is None:
+        return ""
+    names, decades = [measured.layers[i].short for i in rows], measured.column("decades")[0][at, rows]
+    planned = measured.meta.get("planned_steps") or 1_000
+    return profile(names, decades.tolist(), planned, int(measured.sampled_steps[at]))
+
+
+def words(measured: Any) -> str:
+    """How much a ``Trace`` holds, and what share of the output's gradient reaches the lowest layer that has one."""
+    (at, rows), steps = _shown(measured), measured.sampled_steps
+    span = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step"
+    held = f"{len(measured.layers)} layers, {len(steps)} sampled, {span}"
+    if at is None:
+        return held
+    decades, there = (x[at, rows] for x in measured.column("decades"))
+    lowest = int(np.flatnonzero(there)[0])
+    name = measured.layers[rows[lowest]].title
+    return f"{held}; at step {steps[at]} {name} receives {_told(decades[lowest])} of what the output sends"
+
+
+def _shown(measured: Any) -> tuple[int | None, list[int]]:
+    """The number of the last sampled step without a nan, None for none; and the weight layers."""
+    rows, (decades, there) = measured.weight_layers(), measured.column("decades")
+    shown = np.flatnonzero(there[:, rows].any(1) & ~(there & np.isnan(decades))[:, rows].any(1))
+    return (int(shown[-1]) if len(shown) else None), rows

@@ -32,6 +32,8 @@ _AS_THEY_ARE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PART = 2**20  # elements that are copied into a wider format at once
 LARGE = 2**16  # elements from which on squares in float64 cost more than in float32 and a look at what came out
 RIGHT = 1e-15, 1e18  # rms that float32 squares rightly: what is under 1e-19 squares to 0, and adds nothing to it
+ALIKE = 1e-5  # of a row's length: projections of two rows so near are one; rounding is 1e-7, a random row's neighbor
+# among a thousand 1e-3 away
 SATURATED = 0.05  # of the largest slope: an element below it passes almost nothing back
 
 
@@ -310,6 +312,34 @@ def sum_of_units(rows: Tensor, lengths: Tensor) -> Tensor:
     if len(several) == 1:
         return (rows / lengths).sum(-2)  # not a matrix product: autocast would round it
     return torch.stack([(x / r).sum(-2) for x, r in zip(several, lengths.split(len(several[0])), strict=True)]).sum(0)
+
+
+def distinct_rows(weight: Tensor, groups: int = 1) -> Tensor:
+    """Share of the rows that differ, counted by their projections on one fixed direction.
+
+    1 for random weights; 1/N_out where all rows are the same or 0: units that compute the same and, while their
+    gradients are the same too, go on doing so.
+
+    Args:
+        weight: (N_out, ...).
+        groups: of units that read different inputs: only those of one group can be copies of each other.
+
+    Returns:
+        () float64; nan if a number is not finite.
+
+    Example:
+        >>> distinct_rows(torch.ones(4, 3)).item(), distinct_rows(torch.eye(4)).item()
+        (0.25, 1.0)
+        >>> distinct_rows(torch.ones(4, 3), groups=4).item()
+        1.0
+    """
+    rows = by_sample(weight)
+    rows = rows.to(wide(rows.device))
+    direction = torch.cos(torch.arange(rows.shape[1], dtype=rows.dtype, device=rows.device) ** 2)
+    places = (rows @ direction).view(groups, -1).sort().values
+    near = ALIKE * lengths(rows).amax() * norm(direction)
+    share = (groups + (places.diff() > near).sum()) / len(rows)
+    return torch.where(torch.isfinite(places).all(), share, torch.nan)
 
 
 @statistic(of="update", degree=1)

@@ -20,7 +20,8 @@ import html
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bpdiag import sketch
+from bpdiag import sketch, tables
 from bpdiag.config import UsageError, says_yes
 
 T = TypeVar("T")
@@ -192,18 +193,11 @@ class Trace:
     meta: dict[str, Any]
 
     def __repr__(self) -> str:
-        steps = self.sampled_steps
-        span = f"steps {steps[0]} to {steps[-1]}" if len(steps) else "no step"
-        return f"Trace({len(self.layers)} layers, {len(steps)} sampled, {span}; diagnose(trace) judges it)"
+        return f"Trace({sketch.words(self)}; diagnose(trace) judges it)"
 
     def _repr_html_(self) -> str:
         """The profile of the last step without a nan, for a notebook's cell."""
-        rows, (decades, there) = self.weight_layers(), self.column("decades")
-        shown = np.flatnonzero(there[:, rows].any(1) & ~(there & np.isnan(decades))[:, rows].any(1))
-        if not len(shown):
-            return f"<pre>{html.escape(repr(self))}</pre>"
-        at, names, planned = shown[-1], [self.layers[i].short for i in rows], self.meta.get("planned_steps") or 1_000
-        return sketch.profile(names, decades[at, rows].tolist(), planned, int(self.sampled_steps[at]))
+        return sketch.trace(self) or f"<pre>{html.escape(repr(self))}</pre>"
 
     @classmethod
     def build(
@@ -229,32 +223,51 @@ class Trace:
         Raises:
             TraceError: There is no trace, or a file of it cannot be read.
         """
-        run = Path(folder)
-        if not says_yes(run.is_dir):
-            raise TraceError(f"{run}: {'a file, not a run folder' if says_yes(run.exists) else 'no such folder'}")
-        here = run / "trace" if (run / "trace").is_dir() else run
-        if not (here / "meta.json").is_file():
-            inside = next(chain(run.glob("*/trace/meta.json"), run.glob("*/*/trace/meta.json")), None)
-            if inside:
-                raise TraceError(f"{run}: a folder of runs, not a run; take one of them, as {inside.parent.parent}")
-            raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")
-        try:
-            # the layer table last: a run still going on only adds to it
-            parts, told = (sorted(here.glob(f"{kind}-*.parquet")) for kind in ("part", "steps"))
-            rows = _concat(_ROWS, [_read_part(path, columns, steps) for path in parts])
-            every = _concat(_STEPS, [pq.read_table(path) for path in told])
-            missing = pq.read_table(here / "missing.parquet").to_pylist() if (here / "missing.parquet").exists() else []
-            gaps = [Missing(**line) for line in missing]
+        with _damage_told(Path(folder)):
+            return cls.joined(cls.parts(folder, columns, steps))
+
+    @classmethod
+    def parts(
+        cls, folder: str | os.PathLike[str], columns: Sequence[str] | None = None, steps: Any = None
+    ) -> Iterator[Trace]:
+        """What ``load`` reads, file by file, one at least: to reduce what does not fit, or is not wanted, at once.
+
+        A part's table lacks the columns that were not asked for.
+        """
+        here = _trace_in(Path(folder))
+        with _damage_told(here):
+            # listed before the layer table is read: a run still going on only adds to it
+            files, told = (sorted(here.glob(f"{kind}-*.parquet")) for kind in ("part", "steps"))
+            every = tables.joined(STEPS, [tables.read(path, ("step",)) for path in told])
+            gaps = [
+                Missing(**line) for path in here.glob("missing.parquet") for line in pq.read_table(path).to_pylist()
+            ]
             meta = dict(json.loads((here / "meta.json").read_text()))
-            schema = meta.pop("schema", None)
+            schema, lacking = meta.pop("schema", None), meta.pop("rows", 0)
             layers = [_layer(line) for line in meta.pop("layers")] if schema == SCHEMA else []
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-            raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
-        if rows.num_rows < meta.pop("rows", 0) and steps is None:
-            raise TraceError(f"{here}: damaged: a part-NNNNN.parquet is gone or was cut short")
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
-        return cls(rows, every, layers, gaps, meta)
+        nothing = cls(ROWS.empty_table(), every, layers, gaps, meta)
+        if not files:
+            yield nothing
+        for path in files:
+            with _damage_told(here):
+                part = dataclasses.replace(nothing, table=tables.read(path, KEYS, columns))
+            lacking -= part.table.num_rows
+            yield part if steps is None else part.only(steps)
+        if lacking > 0:
+            raise TraceError(f"{here}: damaged: a part-NNNNN.parquet is gone or was cut short")
+
+    @classmethod
+    def joined(cls, parts: Iterable[Trace]) -> Trace:
+        """Parts of one trace as a whole one."""
+        first, *others = parts
+        return dataclasses.replace(first, table=tables.joined(ROWS, [first.table, *(part.table for part in others)]))
+
+    def only(self, steps: Any) -> Trace:
+        """The same of these sampled steps."""
+        kept = pa.compute.is_in(self.table["step"], pa.array(steps, pa.int64()))
+        return dataclasses.replace(self, table=self.table.filter(kept))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the trace folder ``folder/trace``; returns it.
@@ -263,8 +276,8 @@ class Trace:
             TraceError: There is one already: two runs must not be mixed.
         """
         here = _new_folder(folder)
-        _write_table(self.table, here / "part-00000.parquet")
-        _write_table(self.steps_table, here / "steps-00000.parquet")
+        tables.write(self.table, here / "part-00000.parquet")
+        tables.write(self.steps_table, here / "steps-00000.parquet")
         _write_missing(self.missing, here)
         _write_meta(self.meta, self.layers, here)
         return here
@@ -280,7 +293,8 @@ class Trace:
     @property
     def sampled_steps(self) -> np.ndarray:
         """(S,) the steps measured, ascending."""
-        return self.once("steps", lambda: np.unique(self.table["step"].to_numpy()))
+        told = self.table["step"].to_numpy()
+        return self.once("steps", lambda: np.unique(told[np.diff(told, prepend=-1) != 0]))
 
     @property
     def losses(self) -> tuple[np.ndarray, np.ndarray]:
@@ -342,12 +356,12 @@ class Trace:
 
     def _column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         (steps, lines), rows = self.once("places", self._places)
-        shape = len(self.sampled_steps), len(self.layers)
+        shape = height, width = len(self.sampled_steps), len(self.layers)
         column = self.table[name].combine_chunks()
         if len(rows) < len(column):
             column = column.take(rows)
         told, known = (x.to_numpy(zero_copy_only=False) for x in (column, column.is_valid()))
-        if len(lines) == shape[0] * shape[1] and self.once("in order", lambda: _in_order(steps, lines, shape[1])):
+        if len(lines) == height * width and self.once("in order", lambda: (np.diff(steps * width + lines) == 1).all()):
             return told.reshape(shape), known.reshape(shape)
         values, there = np.full(shape, np.nan), np.zeros(shape, bool)
         values[steps, lines], there[steps, lines] = told, known
@@ -378,36 +392,21 @@ class Trace:
         return [i for i, layer in enumerate(self.layers) if layer.is_weight_layer]
 
 
-_ROWS = pa.schema(
+ROWS = pa.schema(
     [("step", pa.int64()), ("backward", pa.int32()), ("layer", pa.string()), ("call", pa.int32())]
     + [(name, pa.float64()) for name in COLUMNS]
     + [(name, pa.list_(pa.float64())) for name in ("edge_gain", "gap_gain")]
 )
-_STEPS = pa.schema(
+_NUMBERS = ("loss", "learning_rate", "loss_scale")
+STEPS = pa.schema(
     [
         ("step", pa.int64()),
-        ("loss", pa.float64()),
-        ("learning_rate", pa.float64()),
-        ("loss_scale", pa.float64()),
+        *((name, pa.float64()) for name in (*_NUMBERS, *TARGET)),
         ("skipped", pa.bool_()),  # true or null
-        *((name, pa.float64()) for name in TARGET),
     ]
 )
-_MISSING = pa.schema(
-    [
-        ("layer", pa.string()),
-        ("call", pa.int32()),
-        ("column", pa.string()),
-        ("from_step", pa.int64()),
-        ("to_step", pa.int64()),
-        ("reason", pa.string()),
-    ]
-)
-
-
-def _in_order(steps: np.ndarray, lines: np.ndarray, width: int) -> bool:
-    """Whether rows come sample by sample, in each line by line."""
-    return bool((steps * width + lines == np.arange(len(lines))).all())
+_TOLD = {"layer": pa.string(), "call": pa.int32(), "column": pa.string()}
+_MISSING = pa.schema({**_TOLD, "from_step": pa.int64(), "to_step": pa.int64(), "reason": pa.string()})
 
 
 class TraceWriter:
@@ -435,6 +434,7 @@ class TraceWriter:
         self._missing: dict[tuple[str, int, str, str], list[tuple[int, int]]] = {}
         self._samples, self._parts, self._written = 0, 0, time.monotonic()
         self._last_sampled: int | None = None
+        self._told: list[Missing] = []  # with the parts that were appended
         self._total = 0  # rows written
         self.folder = None
         pa.array([])  # at its first list pyarrow imports pandas, if it is there: now, not in the middle of a training
@@ -453,9 +453,8 @@ class TraceWriter:
                 _write_meta(self.meta, self.layers, self.folder)
         for backward, index, values in sample.rows:
             layer = self.layers[index]
-            self._rows.append(
-                {"step": sample.step, "backward": backward, "layer": layer.name, "call": layer.call, **values}
-            )
+            keys = {"step": sample.step, "backward": backward, "layer": layer.name, "call": layer.call}
+            self._rows.append(keys | values)
         for step, loss in sample.losses:
             self._steps.setdefault(step, {"step": step})["loss"] = loss
         told = {"learning_rate": sample.learning_rate, "loss_scale": sample.loss_scale, **(sample.target or {})}
@@ -484,30 +483,34 @@ class TraceWriter:
     def snapshot(self) -> Trace:
         """All that was taken so far."""
         rows, steps = self._pending()
-        if self.folder:
-            parts, kept_steps = (
-                [pq.read_table(path) for path in sorted(self.folder.glob(f"{kind}-*.parquet"))]
-                for kind in ("part", "steps")
-            )
-        else:
-            parts, kept_steps = self._kept
-        table, steps_table = _concat(_ROWS, [*parts, rows]), _concat(_STEPS, [*kept_steps, steps])
+        stored = Trace.load(self.folder) if self.folder else None
+        parts, kept_steps = ([stored.table], [stored.steps_table]) if stored else self._kept
+        table, steps_table = tables.joined(ROWS, [*parts, rows]), tables.joined(STEPS, [*kept_steps, steps])
         return Trace(table, steps_table, list(self.layers), self._spans(), dict(self.meta))
 
     def _pending(self) -> tuple[pa.Table, pa.Table]:
         return (
-            pa.Table.from_pylist(self._rows, schema=_ROWS),
-            pa.Table.from_pylist([self._steps[step] for step in sorted(self._steps)], schema=_STEPS),
+            pa.Table.from_pylist(self._rows, schema=ROWS),
+            pa.Table.from_pylist([self._steps[step] for step in sorted(self._steps)], schema=STEPS),
         )
 
+    def append(self, part: Trace) -> None:
+        """Many samples as one part, with all that is missing so far: from whoever measures many runs at once."""
+        if self.folder and self.layers != part.layers:
+            _write_meta(self.meta, part.layers, self.folder)
+        self.layers, self._told = part.layers, part.missing
+        self._keep(part.table, part.steps_table)
+
     def _part(self) -> None:
-        rows, steps = self._pending()
+        self._keep(*self._pending())
+
+    def _keep(self, rows: pa.Table, steps: pa.Table) -> None:
         if self.folder:
             self._total += rows.num_rows
             if rows.num_rows:
-                _write_table(rows, self.folder / f"part-{self._parts:05d}.parquet")
+                tables.write(rows, self.folder / f"part-{self._parts:05d}.parquet")
             if steps.num_rows:
-                _write_table(steps, self.folder / f"steps-{self._parts:05d}.parquet")
+                tables.write(steps, self.folder / f"steps-{self._parts:05d}.parquet")
             _write_missing(self._spans(), self.folder)
         else:
             self._kept[0].append(rows)
@@ -516,17 +519,18 @@ class TraceWriter:
         self._parts, self._written = self._parts + 1, time.monotonic()
 
     def _spans(self) -> list[Missing]:
-        return [
+        found = [
             Missing(name, call, column, first, last, reason)
             for (name, call, column, reason), spans in self._missing.items()
             for first, last in spans
         ]
+        return [*self._told, *found]
 
 
 def write_json(path: Path, content: Any) -> None:
     """JSON with non-finite numbers as the strings NaN, Infinity, -Infinity (JSON has none); written aside, renamed."""
     text = json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False)
-    replace(path, lambda aside: aside.write_text(text + "\n"))
+    tables.replace(path, lambda aside: aside.write_text(text + "\n"))
 
 
 def plain(value: Any) -> Any:
@@ -544,26 +548,33 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _read_part(path: Path, columns: Sequence[str] | None, steps: np.ndarray | None) -> pa.Table:
-    """A part's table, of the columns and the steps wanted those that it has."""
-    with pq.ParquetFile(path) as file:
-        part = file.read([n for n in file.schema_arrow.names if columns is None or n in (*KEYS, *columns)])
-    return part if steps is None else part.filter(pa.compute.is_in(part["step"], pa.array(steps)))
+def _trace_in(run: Path) -> Path:
+    """The trace folder of a run folder, or itself."""
+    if not says_yes(run.is_dir):
+        raise TraceError(f"{run}: {'a file, not a run folder' if says_yes(run.exists) else 'no such folder'}")
+    here = run / "trace" if (run / "trace").is_dir() else run
+    if not (here / "meta.json").is_file():
+        inside = next(chain(run.glob("*/trace/meta.json"), run.glob("*/*/trace/meta.json")), None)
+        if inside:
+            raise TraceError(f"{run}: a folder of runs, not a run; take one of them, as {inside.parent.parent}")
+        raise TraceError(f"{run}: no trace here; a run folder holds trace/meta.json")
+    return here
+
+
+@contextmanager
+def _damage_told(here: Path) -> Iterator[None]:
+    """A file that cannot be read is a TraceError."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise TraceError(f"{here}: damaged: {str(error).splitlines()[0]}") from error
 
 
 def _layer(line: dict[str, Any]) -> Layer:
     told: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in line.items()}
     return Layer(**{**told, "gap": tuple(map(tuple, told.get("gap", ())))})
-
-
-def _concat(schema: pa.Schema, tables: Sequence[pa.Table]) -> pa.Table:
-    """The tables as one of this schema: a column that an older version did not write is null."""
-    for table in tables:
-        lacking = {"step", *(KEYS if schema is _ROWS else ())} - set(table.column_names)
-        if lacking:
-            raise ValueError(f"a part without {', '.join(sorted(lacking))}")
-    known = [table.select([name for name in schema.names if name in table.column_names]) for table in tables]
-    return pa.concat_tables([schema.empty_table(), *known], promote_options="default").cast(schema)
 
 
 def _new_folder(folder: str | os.PathLike[str]) -> Path:
@@ -576,24 +587,10 @@ def _new_folder(folder: str | os.PathLike[str]) -> Path:
     return here
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have ``write`` write a file aside and give it its name when it is whole: no reader meets a torn one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write_table(table: pa.Table, path: Path) -> None:
-    replace(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
-
-
 def _write_missing(missing: Sequence[Missing], folder: Path) -> None:
     if missing:
         table = pa.Table.from_pylist([dataclasses.asdict(m) for m in missing], schema=_MISSING)
-        _write_table(table, folder / "missing.parquet")
+        tables.write(table, folder / "missing.parquet")
 
 
 def _write_meta(meta: dict[str, Any], layers: Sequence[Layer], folder: Path) -> None:

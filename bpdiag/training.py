@@ -37,16 +37,20 @@ from bpdiag.config import (
 from bpdiag.dashboard import pictures
 from bpdiag.diagnosis import Finding, diagnose
 from bpdiag.rules import RULES
+from bpdiag.runlog import RunLog
 from bpdiag.session import Watch, watch
 from bpdiag.trace import Trace, write_json
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Progress = Callable[[int, int, float, float, float], None]
 ORDER = 0x6F72646572  # the order of the data draws from its own stream: the seed plus this
 
 
 def _sgd(parameters: Any, config: Config) -> torch.optim.Optimizer:
     o = config.optimizer
-    return torch.optim.SGD(parameters, o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters, o.lr, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay, fused=True
+    )
 
 
 def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
@@ -54,7 +58,12 @@ def _adam(parameters: Any, config: Config) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, o.lr, eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
-OPTIMIZERS = {"sgd": _sgd, "adam": _adam}
+def _adamw(parameters: Any, config: Config) -> torch.optim.Optimizer:
+    o = config.optimizer
+    return torch.optim.AdamW(parameters, o.lr, eps=o.eps, weight_decay=o.weight_decay, fused=True)
+
+
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adamw}
 PARTS = {
     part.__name__: part
     for part in (ModelConfig, DataConfig, OptimizerConfig, TrainingConfig, WatchConfig, RemedyConfig)
@@ -76,6 +85,12 @@ class Result:
         told = diagnosis.summarize(self.trace, self.findings)
         return f"Result({told['verdict']}: {told['sentence']} Test accuracy {self.metrics['test_accuracy']:.2%})"
 
+    def keep(self, dataset: data.Dataset) -> None:
+        """model.pt and metrics.json in the run's folder, if it has one."""
+        if self.folder is not None:
+            keep(self.model, self.config, dataset, self.folder / "model.pt")
+            write_json(self.folder / "metrics.json", self.metrics)
+
     def _repr_html_(self) -> str:
         """For a notebook's cell: the verdict, the findings, the profile."""
         told = "".join(finding._repr_html_() for finding in self.findings)
@@ -90,7 +105,7 @@ def check(config: Config) -> None:
     """
     check_names(config)
     device(config)
-    samples, batch = len(_load(config).train), config.data.batch_size
+    samples, batch = len(load_data(config).train), config.data.batch_size
     if batch > samples:
         raise UsageError(f"data.batch_size={batch}: the training split has {samples} samples")
     whole, rest = divmod(samples, batch)
@@ -112,6 +127,8 @@ def check_names(config: Config) -> None:
     model.check(config.model)
     choose("data.name", config.data.name, data.DATASETS)
     choose("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    if config.optimizer.nesterov and not config.optimizer.momentum:
+        raise UsageError("optimizer.nesterov=true looks ahead along the momentum; give optimizer.momentum, above 0")
     choose("training.dtype", config.training.dtype, DTYPES)
 
 
@@ -132,7 +149,8 @@ def device(config: Config) -> torch.device:
     return found
 
 
-def _load(config: Config) -> data.Dataset:
+def load_data(config: Config) -> data.Dataset:
+    """The data set of ``config``, on its device."""
     return data.load(config.data, config.training.device, DTYPES[config.training.dtype])
 
 
@@ -145,19 +163,38 @@ class Begun:
     net: nn.Module
     criterion: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
+    warm: int = 0  # steps of the warm-up that were made
 
     def rows(self, config: Config, planned: float) -> Iterator[Tensor]:
         """Indices of each batch, in the run's own order."""
         return batches(config, len(self.dataset.train), planned, self.where)
 
+    def outputs(self, rows: Tensor) -> Tensor:
+        """Of the net on these samples."""
+        out: Tensor = self.net(self.dataset.train.x[rows])
+        return out
+
     def loss(self, rows: Tensor) -> Tensor:
         """Of the net on these samples."""
-        return self.criterion(self.net(self.dataset.train.x[rows]), self.dataset.train.y[rows])
+        return self.criterion(self.outputs(rows), self.dataset.train.y[rows])
+
+    def descend(self, config: Config, loss: Tensor) -> None:
+        """One step: gradient cleared, backward, clipped; warming up, at (n + 1)/warmup of the rate in step n."""
+        o = config.optimizer
+        self.optimizer.zero_grad()
+        loss.backward()
+        if o.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), o.clip)
+        if self.warm < o.warmup:
+            self.warm += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.warm / o.warmup
+        self.optimizer.step()
 
 
 def begin(config: Config) -> Begun:
     """Data, net, loss and optimizer of ``config``, which has been checked."""
-    dataset, where, dtype = _load(config), device(config), DTYPES[config.training.dtype]
+    dataset, where, dtype = load_data(config), device(config), DTYPES[config.training.dtype]
     net = model.build(config.model, dataset.shape, dataset.classes, config.seed).to(where, dtype)
     by_hand = config.model.backward == "handwritten"
     criterion = RULES["cross_entropy"].apply if by_hand else nn.functional.cross_entropy
@@ -217,18 +254,18 @@ def confusion(told: Tensor, right: Tensor, classes: int) -> Tensor:
     return torch.bincount(right * classes + told, minlength=classes**2).view(classes, classes)
 
 
-def _show(watching: Watch, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
+def _show(log: Watch | RunLog, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
     """Test pictures with their predictions, and the confusion matrix, in TensorBoard."""
     images = dataset.test.x.mul(dataset.std).add_(dataset.mean).view(-1, *dataset.shape)
     shown, sure, right = (t.cpu().numpy() for t in (images, out.softmax(1), dataset.test.y))
-    watching.image("test/samples", pictures.samples(shown, sure, right, dataset.names))
-    watching.image("test/confusion", pictures.confusion(counts.cpu().numpy(), dataset.names))
+    log.image("test/samples", pictures.samples(shown, sure, right, dataset.names))
+    log.image("test/confusion", pictures.confusion(counts.cpu().numpy(), dataset.names))
 
 
 def train(
     config: Config,
     folder: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Train what ``config`` describes, watch every layer, judge.
 
@@ -239,7 +276,8 @@ def train(
         config: one run, whole.
         folder: where the run folder is written: trace, event file, findings.json, summary.json, metrics.json,
             model.pt; nothing is written without it.
-        progress: called at every sampled step with (step, steps planned, loss).
+        progress: called at every sampled step with (step, steps planned, loss, share of the batch that is right,
+            log10 of the share of the output's gradient that reaches the first layer).
 
     Raises:
         UsageError: ``config`` cannot be used.
@@ -256,7 +294,7 @@ def train(
         return _train(config, Path(folder) if folder is not None else None, progress)
 
 
-def _train(config: Config, folder: Path | None, progress: Callable[[int, int, float], None] | None) -> Result:
+def _train(config: Config, folder: Path | None, progress: Progress | None) -> Result:
     start, work = time.perf_counter(), time.process_time()
     begun = begin(config)
     dataset, net, optimizer = begun.dataset, begun.net, begun.optimizer
@@ -273,53 +311,67 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         log=folder,
         histograms=config.watch.histograms,
     ) as watching:
-        watching.note(config=dataclasses.asdict(config), data_mean=dataset.mean, data_std=dataset.std)
-        if config.model.name in prediction.COVERED:
-            watching.note(predicted=prediction.expect(config, prediction.source(dataset)))
+        watching.note(**facts(config, dataset))
         first_step = time.process_time()
         try:
             for rows in begun.rows(config, planned):
-                loss = watching.loss(begun.loss(rows))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                out, right = begun.outputs(rows), dataset.train.y[rows]
+                begun.descend(config, watching.loss(begun.criterion(out, right)))
                 step = watching.steps
                 if (step - 1) % config.watch.every == 0:
                     if not math.isfinite(watching.last_loss):
                         metrics["stopped"] = f"the loss was not finite at step {step - 1}"
                         break
                     if progress:
-                        progress(step, planned, watching.last_loss)
+                        share = float((out.argmax(1) == right).float().mean())
+                        progress(step, planned, watching.last_loss, share, watching.last_decades)
                 if step % per_epoch == 0 or step == config.remedy.steps:
                     reached = metrics["validation_accuracy_at"][str(step)] = accuracy(net, dataset.validation)
                     watching.scalars({"accuracy/validation": reached}, step)
         except KeyboardInterrupt as caught:
             interrupt, metrics["stopped"] = caught, "interrupted"
         metrics["steps"], stepped = watching.steps, time.process_time()
-        out = logits(net, dataset.test)
-        counts = confusion(out.argmax(1), dataset.test.y, dataset.classes)
-        metrics["test_accuracy"] = counts.trace().item() / len(dataset.test)
-        metrics["class_accuracy"] = dict(
-            zip(dataset.names, (counts.diag().double() / counts.sum(1)).tolist(), strict=True)
-        )
-        metrics["validation_accuracy"] = accuracy(net, dataset.validation)
-        watching.scalars({"accuracy/test": metrics["test_accuracy"]}, watching.steps)
-        if folder is not None and config.watch.pictures:
-            _show(watching, out, dataset, counts)
+        examine(watching, net, config, dataset, metrics)
 
-    trace = watching.trace
-    told = trace.losses[1][-100:]
-    metrics["train_loss"] = float(told.mean()) if len(told) else math.nan
-    findings = diagnose(trace) if len(trace.sampled_steps) else []
+    result = conclude(watching.trace, net, config, folder, metrics)
     metrics["seconds"] = round(time.perf_counter() - start, 3)
     missing = (planned - metrics["steps"]) / max(metrics["steps"], 1)
     worked = time.process_time() - work + missing * (stepped - first_step)
     metrics["processor_seconds_planned"] = round(worked, 3)  # what the whole run would take, where it stopped
-    if folder is not None:
-        keep(net, config, dataset, folder / "model.pt")
-        write_json(folder / "metrics.json", metrics)
+    result.keep(dataset)
     if interrupt is not None:
         raise interrupt
+    return result
+
+
+def facts(config: Config, dataset: data.Dataset) -> dict[str, Any]:
+    """What a trace tells of its run besides what was measured: what was asked, what theory expects."""
+    told = {"config": dataclasses.asdict(config), "data_mean": dataset.mean, "data_std": dataset.std}
+    if config.model.name in prediction.COVERED:
+        told["predicted"] = prediction.expect(config, prediction.source(dataset))
+    return told
+
+
+def examine(
+    log: Watch | RunLog, net: nn.Module, config: Config, dataset: data.Dataset, metrics: dict[str, Any]
+) -> None:
+    """What a trained net knows, into ``metrics``, which tell its steps, and onto the dashboard."""
+    out = logits(net, dataset.test)
+    counts = confusion(out.argmax(1), dataset.test.y, dataset.classes)
+    metrics["test_accuracy"] = counts.trace().item() / len(dataset.test)
+    shares = (counts.diag().double() / counts.sum(1)).tolist()
+    metrics["class_accuracy"] = dict(zip(dataset.names, shares, strict=True))
+    metrics["validation_accuracy"] = accuracy(net, dataset.validation)
+    log.scalars({"accuracy/test": metrics["test_accuracy"]}, metrics["steps"])
+    if log.folder is not None and config.watch.pictures:
+        _show(log, out, dataset, counts)
+
+
+def conclude(trace: Trace, net: nn.Module, config: Config, folder: Path | None, metrics: dict[str, Any]) -> Result:
+    """A run that has ended, judged."""
+    told = trace.losses[1][-100:]
+    metrics["train_loss"] = float(told.mean()) if len(told) else math.nan
+    findings = diagnose(trace) if len(trace.sampled_steps) else []
     return Result(config, folder, net.eval(), trace, findings, metrics)
 
 

@@ -20,7 +20,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import numpy as np
 
 from bpdiag import bridge, diagnosis
 from bpdiag.config import dotted
-from bpdiag.trace import Trace, plain
+from bpdiag.trace import Trace, plain, write_json
 
 SCHEMA = "bpdiag-view/1"
 COLUMNS = 240  # steps drawn side by side
@@ -37,6 +40,8 @@ CODES = {"missing": -32768, "NaN": -32767, "-Infinity": -32766, "Infinity": 3276
 FULL = 32_000  # the integer of a block's largest number
 STILL_RUNNING = 120.0  # seconds since a trace without a summary last grew
 MOST_GAPS = 2_000
+MOST_WAYS = 200
+KEPT = "view.json"  # beside a long trace
 # name: (column of the trace, log10 of it, whose row)
 SERIES: dict[str, tuple[str, bool, str]] = {
     "decades": ("decades", False, "own"),
@@ -52,7 +57,10 @@ SERIES: dict[str, tuple[str, bool, str]] = {
     "g_z_norm": ("g_z_norm", True, "own"),
 }
 # what is read of the steps drawn: also the ledger's
-DRAWN = [*(column for column, _, _ in SERIES.values()), "W_rms", "slope_rms", "g_a_norm", "z_norm", "a_norm", "x_norm"]
+DRAWN = [column for column, _, _ in SERIES.values()]
+DRAWN += ["W_rms", "slope_rms", "g_a_norm", "z_norm", "a_norm", "x_norm", "edge_gain"]
+Block = tuple[np.ndarray, np.ndarray]  # (S, L) numbers and whether they are there
+Blocks = dict[str, Block]
 OWNERS = ("weights", "slopes", "alignment", "other")  # of the ledger: decades of the step above a layer
 # what a map draws, and which of a span's numbers
 MAPPED = {
@@ -91,6 +99,11 @@ def stamp(run: Path) -> float:
     """When anything of the run was last written: of an unchanged one nothing is read again."""
     files = ("trace", "trace/meta.json", "summary.json", "findings.json", "metrics.json")
     return max((_modified(run / name) for name in files), default=0.0)
+
+
+def has_ended(run: Path) -> bool:
+    """Whether it was judged, which is the last that a run does."""
+    return (run / "summary.json").is_file()
 
 
 def _modified(path: Path) -> float:
@@ -148,43 +161,107 @@ def detail(run: Path, name: str, columns: int = COLUMNS) -> dict[str, Any]:
         TraceError: Its trace cannot be read.
     """
     told, summary = (_read(run / f"{what}.json") for what in ("findings", "summary"))
-    judged = bool(told and summary)
-    scan = Trace.load(run, [SERIES[key][0] for key in MAPPED] if judged else None)  # to judge takes all
-    if not judged:
-        told, summary = _judged(scan)
-    lines, steps = scan.weight_layers(), scan.sampled_steps
-    mapped = {key: _series(scan, lines, *SERIES[key]) for key in MAPPED}
-    starts = _starts(len(steps), columns)
-    chosen = _chosen(mapped["decades"], starts)
-    exact = len(chosen) == len(steps)
-    peaks = {} if exact else {key: _peak(*mapped[key], starts, way) for key, way in MAPPED.items()}
-    trace = Trace.load(run, DRAWN, steps[chosen])
+    if not (told and summary):
+        told, summary = _judged(Trace.load(run))
+    taken = _kept(run, columns) or drawn(run, columns)
+    return {
+        **overview(run, name),
+        **{key: value for key, value in taken.items() if key not in ("files", "columns")},
+        **plain(
+            {
+                "verdict": summary["verdict"],
+                "sentence": summary["sentence"],
+                "findings": told["findings"],
+                "remedies": told.get("remedies", []),
+                "notes": told.get("notes", []),
+                "provenance": _provenance(run, _read(run / "trace" / "meta.json")),
+            }
+        ),
+    }
+
+
+def drawn(run: Path, columns: int = COLUMNS) -> dict[str, Any]:
+    """What ``detail`` takes from the trace.
+
+    Raises:
+        TraceError: It cannot be read.
+    """
+    files = _files(run)
+    trace, peaks, spans, sampled = _thinned(run, columns)
+    lines = trace.weight_layers()
     series = {key: _series(trace, lines, *SERIES[key]) for key in SERIES} | _ledger(trace, lines)
     series["entering"] = _entering(trace, lines)
-    meta = trace.meta
+    ways = _ways_around(trace, lines)
+    series["around"] = _carried(trace, ways)
     return plain(
         {
-            **overview(run, name),
             "schema": SCHEMA,
-            "verdict": summary["verdict"],
-            "sentence": summary["sentence"],
+            "files": files,
+            "columns": columns,
             "planned": diagnosis.profile(trace).planned,
             "layers": [_layer(trace, i, lines) for i in lines],
-            "steps": steps[chosen].tolist(),
-            "sampled": len(steps),
-            "spans": [] if exact else _told_spans(starts, steps),
+            "around": [way.rows for way in ways],
+            "steps": trace.sampled_steps.tolist(),
+            "sampled": sampled,
+            "spans": spans,
             "curve": _curve(*trace.losses),
             "guessing": _guessing(trace, lines),
             "series": {key: packed(*block) for key, block in series.items()},
             "peaks": {key: packed(*block) for key, block in peaks.items()},
             "theory": _theory(trace, len(lines)),
             "gaps": _gaps(trace, lines),
-            "findings": told["findings"],
-            "remedies": told.get("remedies", []),
-            "notes": told.get("notes", []),
-            "provenance": _provenance(run, meta),
         }
     )
+
+
+def keep(run: Path) -> None:
+    """Of a long run what is drawn of its trace, beside the trace: read in an instant when it is opened."""
+    told = drawn(run)
+    if told["spans"]:
+        write_json(run / "trace" / KEPT, told)
+
+
+def _kept(run: Path, columns: int) -> dict[str, Any] | None:
+    """What was kept, while the trace is still the one it was made of."""
+    told = _read(run / "trace" / KEPT)
+    same = (told.get("schema"), told.get("columns"), told.get("files")) == (SCHEMA, columns, _files(run))
+    return told if same else None
+
+
+def _files(run: Path) -> list[list[Any]]:
+    """The trace's files and their sizes."""
+    there = [path for path in (run / "trace").glob("*") if path.suffix == ".parquet" or path.name == "meta.json"]
+    return sorted([path.name, path.stat().st_size] for path in there)
+
+
+def _thinned(run: Path, columns: int) -> tuple[Trace, Blocks, list[list[int]], int]:
+    """The steps that are drawn; the peaks and the spans of all where some are left out; of how many.
+
+    A file is read, reduced to what is drawn, and let go.
+    """
+    steps, (decades,) = _reduced(Trace.parts(run, ["decades"]), ["decades"])
+    starts = _starts(len(steps), columns)
+    chosen = _chosen(decades, starts)
+    if len(chosen) == len(steps):
+        return Trace.load(run, DRAWN), {}, [], len(steps)
+    kept: list[Trace] = []
+
+    def read() -> Iterator[Trace]:
+        for part in Trace.parts(run, DRAWN):
+            kept.append(part.only(steps[chosen]))
+            yield part
+
+    _, whole = _reduced(read(), MAPPED)
+    peaks = {key: _peak(*block, starts, MAPPED[key]) for key, block in zip(MAPPED, whole, strict=True)}
+    return Trace.joined(kept), peaks, _told_spans(starts, steps), len(steps)
+
+
+def _reduced(parts: Iterable[Trace], keys: Collection[str]) -> tuple[np.ndarray, list[Block]]:
+    """The sampled steps of all parts, and these series of theirs."""
+    told = [(one.sampled_steps, [_series(one, one.weight_layers(), *SERIES[key]) for key in keys]) for one in parts]
+    steps = np.concatenate([own for own, _ in told])
+    each = zip(*(blocks for _, blocks in told), strict=True)
+    return steps, [(np.concatenate([v for v, _ in of_key]), np.concatenate([t for _, t in of_key])) for of_key in each]
 
 
 def _judged(trace: Trace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,12 +270,12 @@ def _judged(trace: Trace) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"findings": found, "notes": diagnosis.notes(trace)}, diagnosis.summarize(trace, found)
 
 
-def _series(trace: Trace, lines: list[int], column: str, log: bool, whose: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(trace: Trace, lines: list[int], column: str, log: bool, whose: str) -> Block:
     """(S, L) numbers of the weight layers and whether they were measured."""
     values, there = trace.column(column)
     if whose == "activation":  # on its own row where it is a module: the first on the way up that tells it
-        rows = [[i, *trace.layers[i].via] for i in lines]
-        told = [next((j for j in way if there[:, j].any()), way[0]) for way in rows]
+        known = np.any(there, axis=0).tolist()
+        told = [next((j for j in (i, *trace.layers[i].via) if known[j]), i) for i in lines]
     else:
         told = lines
     values, there = values[:, told], there[:, told]
@@ -206,7 +283,7 @@ def _series(trace: Trace, lines: list[int], column: str, log: bool, whose: str) 
         return (np.log10(values) if log else values), there
 
 
-def _ledger(trace: Trace, lines: list[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _ledger(trace: Trace, lines: list[int]) -> Blocks:
     """Who takes what of the step above each weight layer: decades, by owner."""
     p = diagnosis.profile(trace)
     at = [lines.index(i) for i in p.lines]
@@ -218,14 +295,49 @@ def _ledger(trace: Trace, lines: list[int]) -> dict[str, tuple[np.ndarray, np.nd
     return out
 
 
-def _entering(trace: Trace, lines: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _entering(trace: Trace, lines: list[int]) -> Block:
     """log10 ‖a‖ of what each weight layer read."""
-    shape = len(trace.sampled_steps), len(lines)
-    told = [[bridge.entering(trace, i, at) for i in lines] for at in range(shape[0])]
-    values = np.array([[math.nan if x is None else x for x in row] for row in told]).reshape(shape)
-    there = np.array([[x is not None for x in row] for row in told], bool).reshape(shape)
+    told = [bridge.entered(trace, i) for i in lines] or [(np.zeros(0), np.zeros(0, bool))]
+    values, there = (np.stack(side, 1) for side in zip(*told, strict=True))
     with np.errstate(all="ignore"):
         return np.log10(values), there
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way around weight layers, as a residual block's skip: from where it forks to where it meets them again."""
+
+    rows: tuple[int, int]  # between which weight layers: above the first (-1: below all), up to and with the second
+    edge: tuple[int, int]  # its first edge above the fork: what reads there, the fork
+
+
+def _ways_around(trace: Trace, lines: list[int]) -> list[Way]:
+    """Of each place where ways meet all but the longest, where they miss a weight layer."""
+    readers = Counter(parent for layer in trace.layers for parent in layer.parents)
+    found = []
+    for meeting, layer in enumerate(trace.layers):
+        ways = []
+        for parent in layer.parents if len(layer.parents) > 1 else ():
+            reader, at, passed = meeting, parent, 0
+            while readers[at] == 1 and len(trace.layers[at].parents) == 1:
+                passed += trace.layers[at].is_weight_layer
+                reader, at = at, trace.layers[at].parents[0]
+            if readers[at] > 1:
+                ways.append((passed, at, reader))
+        for passed, fork, reader in sorted(ways)[:-1]:
+            low, high = (bisect_right(lines, place) - 1 for place in (fork, meeting))
+            if high - low > passed:
+                found.append(Way((low, high), (reader, fork)))
+    return found[:MOST_WAYS]
+
+
+def _carried(trace: Trace, ways: list[Way]) -> Block:
+    """(S, E) log10 of what each way carries of the cotangent that arrives where the ways meet."""
+    told = [trace.edges(at) if ways else {} for at in range(len(trace.sampled_steps))]
+    values = np.array([[gains.get(way.edge, np.nan) for way in ways] for gains in told], float)
+    values = values.reshape(len(told), len(ways))
+    with np.errstate(all="ignore"):
+        return np.log10(values), ~np.isnan(values)
 
 
 def _starts(sampled: int, columns: int) -> np.ndarray:
@@ -244,7 +356,7 @@ def _told_spans(starts: np.ndarray, steps: np.ndarray) -> list[list[int]]:
     return [[int(steps[a]), int(steps[b - 1]), b - a] for a, b in _spans(starts, len(steps))]
 
 
-def _chosen(decades: tuple[np.ndarray, np.ndarray], starts: np.ndarray) -> np.ndarray:
+def _chosen(decades: Block, starts: np.ndarray) -> np.ndarray:
     """(C,) of each span the step in which the lowest layer measured was farthest from the output."""
     values, there = decades
     reached = np.flatnonzero(there.any(0))
@@ -295,7 +407,7 @@ def _layer(trace: Trace, i: int, lines: list[int]) -> dict[str, Any]:
     top = bridge.climb(trace, i)[-1]
     return {
         "key": layer.key,
-        "name": layer.short or layer.kind,
+        "name": layer.title if layer.name else layer.kind,
         "kind": layer.kind,
         "fan_in": layer.fan_in,
         "units": layer.units,

@@ -16,8 +16,9 @@ LONGEST = 600  # lines
 CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),
     "config": (set(), set()),
-    "sketch": (set(), set()),
-    "trace": ({"sketch"}, {"numpy", "pyarrow"}),
+    "sketch": (set(), {"numpy"}),
+    "tables": (set(), {"pyarrow"}),
+    "trace": ({"sketch", "tables"}, {"numpy", "pyarrow"}),
     # maths
     "chain": (set(), set()),
     "rules": (set(), {"torch"}),
@@ -30,6 +31,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "initialization": ({"rules"}, {"torch"}),
     "model": ({"rules", "modules", "initialization"}, {"torch"}),
     "data": (set(), {"numpy", "torch", "torchvision", "PIL"}),
+    "backprop": ({"rules", "modules", "statistics"}, {"torch", "numpy", "pyarrow"}),
     # measuring
     "hooks": ({"rules", "statistics"}, {"torch"}),
     # judging
@@ -38,34 +40,46 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     # showing
     "views": ({"diagnosis", "bridge"}, {"numpy"}),
     "dashboard": ({"views"}, {"tensorboard", "werkzeug", "numpy", "matplotlib"}),
-    "figure": ({"diagnosis"}, {"numpy", "matplotlib"}),
-    "report": ({"views", "dashboard", "__init__"}, set()),
+    "figure": ({"tables", "diagnosis", "bridge", "chain", "lesson"}, {"numpy", "matplotlib"}),
+    "report": ({"tables", "views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
-    "bridge": ({"lesson"}, set()),
-    "results": ({"diagnosis"}, {"pyarrow"}),
+    "bridge": ({"lesson"}, {"numpy"}),
+    "results": ({"tables", "diagnosis"}, {"pyarrow"}),
     "terminal": ({"diagnosis", "results"}, {"numpy", "rich"}),
     # launching
     "prediction": (
         {"meanfield", "rules", "statistics", "initialization", "model", "data", "diagnosis"},
         {"torch", "numpy"},
     ),
-    "session": ({"hooks", "diagnosis", "dashboard", "terminal", "__init__"}, {"torch"}),
+    "runlog": ({"diagnosis", "views", "dashboard"}, set()),
+    "session": ({"hooks", "runlog", "terminal", "__init__"}, {"torch"}),
     "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
-        {"session", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
+        {"session", "runlog", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
         {"torch", "numpy", "PIL"},
+    ),
+    "stacking": (
+        {"backprop", "training", "session", "runlog", "prediction", "hooks", "data", "rules", "dashboard"},
+        {"torch", "numpy", "pyarrow"},
     ),
     "remedy": (
         {"training", "trial", "session", "initialization", "meanfield", "rules", "diagnosis", "terminal", "__init__"},
         {"torch", "numpy"},
     ),
     "commands": ({"views", "report", "figure", "difference"}, set()),
-    "launcher": ({"results", "terminal", "report"}, {"hydra", "omegaconf"}),
+    "engines": (set(), {"ray", "submitit"}),
+    "dealing": (set(), set()),
+    "job": ({"stacking", "training", "remedy", "results", "engines"}, {"torch"}),
+    "preloaded": ({"data", "stacking"}, {"torch", "matplotlib", "pandas"}),
+    "composing": (set(), {"hydra", "omegaconf"}),
+    "launcher": ({"composing", "job", "dealing", "engines", "results", "terminal", "report"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
             "training",
             "remedy",
             "prediction",
+            "job",
+            "composing",
             "launcher",
             "results",
             "terminal",
@@ -80,12 +94,12 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "hydra_plugins": ({"launcher"}, {"hydra", "omegaconf"}),
 }
 STOREYS = [
-    ["sketch"],
+    ["sketch", "tables"],
     ["config", "trace", "__init__"],
-    ["chain", "rules", "statistics"],
+    ["chain", "rules", "statistics", "engines", "dealing", "composing"],
     ["modules", "functional", "initialization", "meanfield"],
     ["model", "swapping", "data"],
-    ["hooks"],
+    ["hooks", "backprop"],
     ["diagnosis", "difference"],
     ["results", "lesson"],
     ["terminal", "bridge"],
@@ -93,9 +107,11 @@ STOREYS = [
     ["dashboard", "figure"],
     ["report"],
     ["commands"],
+    ["runlog"],
     ["session", "prediction"],
     ["training", "trial"],
-    ["remedy"],
+    ["remedy", "stacking"],
+    ["job", "preloaded"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]
@@ -220,7 +236,7 @@ def test_these_cost_no_torch(statement):
 
 def test_only_the_command_line_and_the_launcher_know_hydra():
     knowing = {m for m, (_, foreign) in CONTRACT.items() if "hydra" in foreign}
-    assert knowing == {"launcher", "__main__", "hydra_plugins"}
+    assert knowing == {"composing", "launcher", "__main__", "hydra_plugins"}
 
 
 def test_the_public_names_load():

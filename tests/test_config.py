@@ -51,6 +51,8 @@ def test_defaults_are_the_documented_ones():
         "optimizer.lr": 0.01,
         "optimizer.momentum": 0.9,
         "optimizer.weight_decay": 0.0,
+        "optimizer.warmup": 0,
+        "optimizer.clip": 0.0,
         "training.epochs": 1,
         "training.device": "cpu",
         "training.dtype": "float32",

@@ -49,6 +49,36 @@ def test_it_is_a_plain_loop_over_the_same_batches():
     torch.testing.assert_close(weights(result), plain, rtol=1e-5, atol=1e-7)
 
 
+WARM = torch.optim.lr_scheduler.LinearLR
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize(("warmup", "clip"), [(4, 0.0), (0, 0.5), (4, 0.5), (1, 0.0)])
+def test_warm_up_and_clipping_are_torchs_own(name, warmup, clip):
+    config = dataclasses.replace(
+        small(steps=7, backward="autograd"), optimizer=OptimizerConfig(name=name, lr=0.05, warmup=warmup, clip=clip)
+    )
+    result = training.train(config)
+    split = data.load(config.data).train
+    net = training.model.build(config.model, 784, 10, config.seed)
+    kinds = {"sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, 0.05)}
+    optimizer = kinds[name](net.parameters())
+    warm = WARM(optimizer, 1 / warmup, total_iters=warmup - 1) if warmup > 1 else None
+    norms = []
+    for rows in training.batches(config, len(split), 7, torch.device("cpu")):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(split.x[rows]), split.y[rows]).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), clip or math.inf))
+        optimizer.step()
+        if warm:
+            warm.step()
+    plain = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+    assert min(norms) > 0.5  # every step was clipped
+    torch.testing.assert_close(weights(result), plain, rtol=1e-4, atol=1e-6)
+    bare = weights(training.train(dataclasses.replace(config, optimizer=OptimizerConfig(name=name, lr=0.05))))
+    assert torch.allclose(weights(result), bare) is ((warmup, clip) == (1, 0.0))
+
+
 def test_an_epoch_shows_every_sample_once():
     config = Config(data=DataConfig(batch_size=7_000), training=TrainingConfig(epochs=2))
     rows = list(training.batches(config, 55_000, math.inf, torch.device("cpu")))
@@ -99,7 +129,7 @@ def test_a_run_that_goes_not_finite_is_stopped_kept_and_judged(tmp_path):
 
 
 def test_an_interrupt_keeps_what_there_is(tmp_path):
-    def stop(step, total, loss):
+    def stop(step, *_):
         if step > 8:
             raise KeyboardInterrupt
 
@@ -251,3 +281,18 @@ def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
     Image.new("L", (40, 40), 250).save(tmp_path / "digit.png")
     with pytest.raises(UsageError, match=r"digit\.png: nothing is drawn"):
         training.load(tmp_path / "run").classify(tmp_path / "digit.png")
+
+
+def test_progress_tells_loss_accuracy_and_what_reaches_the_first_layer():
+    told = []
+    config = Config(
+        model=ModelConfig(activation="sigmoid", depth=6, width=16),
+        training=TrainingConfig(steps=9),
+        watch=WatchConfig(every=4),
+    )
+    trace = training.train(config, progress=lambda *numbers: told.append(numbers)).trace
+    assert [(step, planned) for step, planned, *_ in told] == [(1, 9), (5, 9), (9, 9)]
+    assert [loss for _, _, loss, _, _ in told] == pytest.approx(trace.losses[1][[0, 4, 8]])
+    assert all(0 <= right <= 1 and (right * 64) % 1 == pytest.approx(0) for _, _, _, right, _ in told)
+    assert [decades for *_, decades in told] == [trace.value("decades", 0, at) for at in range(3)]
+    assert told[0][4] < -1

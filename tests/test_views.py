@@ -151,3 +151,26 @@ def test_a_long_run_that_a_recorder_wrote_is_read_in_part(tmp_path):
     writer.close()
     told = views.detail(tmp_path / "run", "run", columns=4)
     assert (len(told["steps"]), told["sampled"]) == (4, 30)
+
+
+def test_what_is_kept_of_a_long_run_is_what_is_read_of_it(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "long", sick(5, steps=range(400)))
+    wanted = views.detail(run, "long")
+    views.keep(run)
+    monkeypatch.setattr(views, "_thinned", lambda run, columns: pytest.fail("the trace is read again"))
+    assert {**views.detail(run, "long"), "stamp": 0} == {**wanted, "stamp": 0}
+    with pytest.raises(pytest.fail.Exception, match="read again"):  # the twin: of other columns nothing is kept
+        views.detail(run, "long", columns=100)
+
+
+def test_what_was_kept_of_a_trace_that_has_grown_is_not_shown(tmp_path):
+    run = write_run(tmp_path / "long", sick(5, steps=range(400)))
+    views.keep(run)
+    grown = sick(5, steps=range(400, 500)).save(tmp_path / "more")
+    (grown / "part-00000.parquet").rename(run / "trace" / "part-00001.parquet")
+    assert views.detail(run, "long")["sampled"] == 500
+
+
+def test_of_a_short_run_nothing_is_kept(run):
+    views.keep(run)
+    assert not (run / "trace" / views.KEPT).exists()

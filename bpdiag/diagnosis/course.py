@@ -35,9 +35,10 @@ def chance_level(p: Profile) -> Iterator[Finding]:
     begin, before, now = (
         float(x.mean()) for x in (losses[:quarter], losses[-2 * quarter : -quarter], losses[-quarter:])
     )
+    if abs(now - guess) > AT_CHANCE * guess or begin - now > 2 * AT_CHANCE * guess:
+        return
     noise = float(np.diff(losses[-2 * quarter :]).std()) / math.sqrt(2)  # of one loss, whatever the trend
-    falls = before - now > max(STILL * noise * math.sqrt(2 / quarter), LEAST_FALL * guess)
-    if falls or abs(now - guess) > AT_CHANCE * guess or begin - now > 2 * AT_CHANCE * guess:
+    if before - now > max(STILL * noise * math.sqrt(2 / quarter), LEAST_FALL * guess):
         return
     yield Finding(
         kind="chance_level",
@@ -79,7 +80,8 @@ def too_few_steps(p: Profile) -> Iterator[Finding]:
     tenth = max(len(losses) // 10, 1)
     first, half, last = (float(x.mean()) for x in (losses[:tenth], losses[len(losses) // 2 :][:tenth], losses[-tenth:]))
     won, lately = first - last, half - last
-    noise = float(np.std(losses[-tenth:]))
+    with np.errstate(over="ignore"):  # a loss of 1e200
+        noise = float(np.std(losses[-tenth:]))
     if first <= 0 or last < MOST_LEFT * first or won <= max(2 * noise, LEAST_WON * first) or lately < PACE * won:
         return
     more = math.ceil(planned * last / (2 * lately) / 2)

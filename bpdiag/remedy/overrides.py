@@ -11,12 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from bpdiag import meanfield, training
 from bpdiag.config import Config, RemedyConfig, UsageError, flat, planned_steps
 from bpdiag.diagnosis import Finding
-from bpdiag.remedy.candidate import Candidate, groups
+from bpdiag.remedy.candidate import LONGEST, WARM, Candidate, groups
 from bpdiag.remedy.search import LEAST_STEPS, Cure, Progress, Search, Terms
 from bpdiag.remedy.trial import Tell, Training, reached
 from bpdiag.rules import ACTIVATIONS
@@ -86,6 +84,8 @@ def _pace(config: Config) -> Iterator[Candidate]:
         settings = {"optimizer.lr": config.optimizer.lr * factor}
         yield Candidate(name, "rate", settings, direction=1 if factor > 1 else -1)
     yield Candidate("Adam", "optimizer", {"optimizer.name": "adam", "optimizer.lr": ADAM_RATE, "optimizer.eps": 1e-8})
+    yield Candidate("warm-up", "rate", {"optimizer.warmup": WARM}, direction=-1)
+    yield Candidate("clipping", "rate", {"optimizer.clip": LONGEST}, direction=-1)
 
 
 def _changed(settings: Any, told: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +126,7 @@ def start(config: Config, candidate: Candidate | None, seed: int) -> Training:
     rows = begun.rows(changed, math.inf)
 
     def step(tell: Tell) -> None:
-        loss: Tensor = tell(begun.loss(next(rows)))
-        begun.optimizer.zero_grad()
-        loss.backward()
-        begun.optimizer.step()
+        begun.descend(changed, tell(begun.loss(next(rows))))
 
     return Training(begun.net, begun.optimizer, step, lambda: training.accuracy(begun.net, begun.dataset.validation))
 

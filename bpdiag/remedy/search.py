@@ -1,16 +1,19 @@
 """Which of many changes mends a training: one step for all, more for the better, three seeds for the best.
 
 Successive halving.  After its first step a change is dropped at which the harm is found still.  The others train for
-S/16 steps, the better quarter of all for S/4, and the best of them for all S; who passes there is trained on two more
-seeds.  Where no change is on its way after S/4 steps, those that let the gradient through are tried again, each with
-each change of the pace.
+S/16 steps, the better quarter of them for S/4.  Who has halved the loss by then is trained for all S, the gentlest of
+the best first, on one seed after the other; but before that for S/4 at twice its rate, and dropped if it has not halved
+the loss there too: what works only just inside the edge of stability works on some seeds and not on others.  Where no
+single change passes, those that let the gradient through are raced again, each with a change of the pace.
 
 Source:
-    Jamieson & Talwalkar 2016 (successive halving); the thresholds are ours, each with its reason below.
+    Jamieson & Talwalkar 2016 (successive halving); LeCun et al. 1998, section 5 (on a parabola the best rate is half of
+    the largest that is stable); the thresholds are ours, each with its reason below.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -26,14 +29,17 @@ from bpdiag.remedy.trial import Outcome, OutOfTimeError, Training, measure
 HALVED = 0.5
 # A tenth lower: the mean over the last tenth of the steps, batches of 64, strays by 2 to 3 % of itself.
 LOWER = 0.9
-APART = 0.1  # share of right answers: seeds further apart are no promise
+# Share of right answers within which a promise counts as kept: seeds further apart than that are no promise.
+APART = 0.05
+FASTER = 2.0  # times its rate, at which a remedy must learn too
 SAME_LOSS = 1.25  # a loss within a quarter of the best is as good, and the gentler change is taken
 LEAST_STEPS = 50  # in fewer not even a healthy net halves its loss
 FIRST_SHARE, SECOND_SHARE = 16, 4  # of S: steps of the first and of the second round
 FEWEST_STEPS = 10  # of the first round
 KEPT = 4  # one of so many goes on
-FINALISTS = 3
-PAIRED = 4  # changes of what flows that are paired
+FINALISTS = 3  # of a race, at least
+PAIRED = 3  # changes of what flows that are paired
+MOST_PAIRS = 9  # in a race: of three changes each with two rates and an optimizer
 
 Start = Callable[[Candidate | None, int], Training]  # (change, seed); None: as it is
 Progress = Callable[[float, float, str], None]  # (seconds passed, seconds allowed, what is tried)
@@ -102,7 +108,7 @@ def mends(before: Outcome, after: Outcome, guess: float) -> bool:
 
 
 def agree(outcomes: Sequence[Outcome]) -> bool:
-    """The seeds reach the same: accuracies within 0.1; without any, losses within a factor 2."""
+    """The seeds reach the same: accuracies within 0.05; without any, losses within a factor 2."""
     right = [o.accuracy for o in outcomes]
     if all(map(math.isfinite, right)):
         return max(right) - min(right) <= APART
@@ -126,9 +132,20 @@ def rounds(steps: int) -> list[int]:
 
     Example:
         >>> rounds(200), rounds(50)
-        ([1, 12, 50, 200], [1, 10, 12, 50])
+        ([1, 12, 50, 200], [1, 10, 25, 50])
     """
-    return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), max(steps // SECOND_SHARE, FEWEST_STEPS), steps})
+    second = max(steps // SECOND_SHARE, min(steps // 2, LEAST_STEPS))  # sooner than that few can be seen to learn
+    return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), second, steps})
+
+
+def soonest(steps: int) -> int:
+    """Steps after which who learns must be seen to: S/4, and as many as learning takes at least.
+
+    Example:
+        >>> soonest(200), soonest(100), soonest(400)
+        (50, 50, 100)
+    """
+    return max(steps // SECOND_SHARE, LEAST_STEPS)
 
 
 @dataclass(frozen=True)
@@ -162,10 +179,13 @@ class Search:
         self.begun, self.worked = time.perf_counter(), time.process_time()
         self.paces: list[float] = []  # seconds a step, of each trial so far
         self.asides: list[float] = []  # seconds a trial takes beside its steps
-        self.before = {n: before(n) for n in rounds(self.steps)} if before else {}
+        self.lengths = sorted({*rounds(self.steps), soonest(self.steps)})
+        self.before = {n: before(n) for n in self.lengths} if before else {}
         self.came: dict[str, list[Outcome]] = {}  # name -> of the most steps, by seed
         self.tried: dict[str, Candidate] = {}
         self.notes: list[str] = []
+        self.edge: set[str] = set()  # names of those that do not learn at twice their rate
+        self.left_out = False  # some, for want of time
         self.winner: Candidate | None = None
         self.interrupted = False
 
@@ -184,15 +204,12 @@ class Search:
 
     def first_of_all(self) -> Candidate | None:
         """The first candidate, then the first pair, that works: each for all steps.  Takes as long as it takes."""
-        before = self.before[self.steps] = self._try(None, self.seeds[0], self.steps)
+        for n in self.lengths:
+            self.before[n] = self._try(None, self.seeds[0], n)
         flow, pace = self._parted()
         for arm in (*self.candidates, *pairs(flow, pace)):
-            came = self.came[arm.name] = []
-            for seed in self.seeds:
-                came.append(self._try(arm, seed, self.steps))
-                if not mends(before, came[-1], self.guess):
-                    break
-            if judge(before, came, self.guess, len(self.seeds)) == "works":
+            self._first(arm, rounds(self.steps)[-2])
+            if self._confirm(arm):
                 return arm
         return None
 
@@ -210,22 +227,40 @@ class Search:
         return statistics.median(self.asides) + steps * statistics.median(self.paces) if self.paces else 0.0
 
     def _search(self) -> None:
-        """Single changes; where none is on its way, pairs."""
-        for n in rounds(self.steps):
+        """Single changes; where none passes, those on their way still, and pairs: first what is at the edge, slower."""
+        for n in self.lengths:
             if n not in self.before:
                 self.before[n] = self._try(None, self.seeds[0], n)
                 self._see_whether_it_is_worth_it()
-        if self._halving(self._alive(self.candidates)):
+        singles = self._race(self._alive(self.candidates))
+        sure = [a for a in singles if self._share(a) <= HALVED]
+        if self._first_that_passes(sure):
             return
-        flow, pace = self._parted()
-        nearest = sorted((c for c in flow if c.name in self.came), key=self._flows)[:PAIRED]
-        self._halving([p for one in nearest for p in pairs([one], self._fitting(one, pace))])
+        unsure = [a for a in singles if a not in sure]
+        flow = sorted(self._parted()[0], key=lambda c: (c not in singles, *self._flows(c)))
+        edge = [c for c in flow if c.name in self.edge]
+        for some in filter(None, (edge, [c for c in flow if c not in edge])):
+            if self._first_that_passes(unsure + self._race(self._pairs(some[:PAIRED]))):
+                return
+            unsure = []
+        if self.left_out:
+            raise OutOfTimeError
+
+    def _pairs(self, flow: Sequence[Candidate]) -> list[Candidate]:
+        """Each with what its pace lacks, each one's likeliest before the second of any."""
+        pace = self._parted()[1]
+        turns = itertools.zip_longest(*(pairs([one], self._fitting(one, pace)) for one in flow))
+        return [p for turn in turns for p in turn if p is not None][:MOST_PAIRS]
 
     def _fitting(self, arm: Candidate, pace: Sequence[Candidate]) -> list[Candidate]:
-        """Slower where its loss rose or was not finite, faster where it fell, all where it stood still."""
-        share = self.came[arm.name][0].loss / self._reference(arm)
-        away = -1 if share < LOWER else 1 if not share <= 1 / LOWER else 0
-        return [p for p in pace if not away or p.direction != away]
+        """Slower where its loss rose, was not finite or is at the edge, faster where it fell, all where it stood.
+
+        An optimizer with a rate of its own first: it needs no guess of the direction.
+        """
+        share = self._share(arm)
+        away = 1 if arm.name in self.edge or not share <= 1 / LOWER else -1 if share < LOWER else 0
+        fitting = [p for p in pace if not away or p.direction != away]
+        return sorted(fitting, key=lambda p: p.level != "optimizer")
 
     def _see_whether_it_is_worth_it(self) -> None:
         """Raise OutOfTimeError where the time allowed is less than one remedy needs."""
@@ -241,53 +276,67 @@ class Search:
     def _alive(self, arms: Sequence[Candidate]) -> list[Candidate]:
         """Those at whose first step the harm is gone; a few of the nearest at least."""
         for arm in arms:
-            self._first(arm, 1)
+            if is_pace(arm):  # the first step's gradient is the same
+                self.tried[arm.name], self.came[arm.name] = arm, [self.before[1]]
+            else:
+                self._first(arm, 1)
         harms = set(self.before[1].harms)
         healthy = [a for a in arms if not harms & set(self.came[a.name][0].harms)]
         others = sorted((a for a in arms if a not in healthy), key=self._flows)
         return healthy + others[: max(FINALISTS - len(healthy), 0)]
 
-    def _halving(self, arms: Sequence[Candidate]) -> bool:
-        """Whether one of them was seen to work."""
+    def _race(self, arms: Sequence[Candidate]) -> list[Candidate]:
+        """Those on course after S/4 steps."""
         first, second = rounds(self.steps)[1], rounds(self.steps)[-2]
-        spare = self.left() - len(self.seeds) * self._cost(self.steps) - FINALISTS * self._cost(second)
-        arms = list(arms)[: max(int(spare / max(self._cost(first), 1e-9)), 0)]
-        if not arms:
-            raise OutOfTimeError
+        to_come = len(self.seeds) * self._cost(self.steps) + self._cost(soonest(self.steps))  # of a winner
+        spare = self.left() - to_come - FINALISTS * self._cost(second)
+        room = max(int(spare / max(self._cost(first), 1e-9)), 0)
+        self.left_out |= room < len(arms)
+        arms = list(arms)[:room]
         for arm in arms:
             self._first(arm, first)
-        arms = sorted(arms, key=self._rank)[: max(math.ceil(len(self.candidates) / KEPT), FINALISTS)]
+        arms = sorted(arms, key=self._rank)[: max(math.ceil(len(arms) / KEPT), FINALISTS)]
         self._keep(arms)
         for arm in arms:
             self._first(arm, second)
-        on_course = [a for a in arms if self.came[a.name][0].loss <= LOWER * self._reference(a)]
+        on_course = [a for a in arms if self._share(a) <= LOWER]
         self._keep(on_course)
-        for _ in range(FINALISTS):
-            if not on_course:
-                break
-            arm = self._gentlest(on_course)
-            on_course.remove(arm)
+        return on_course
+
+    def _first_that_passes(self, arms: Sequence[Candidate]) -> bool:
+        """Whether one of them was seen to work, the best tried first."""
+        left = list(arms)
+        while left:
+            arm = self._gentlest(left)
+            left.remove(arm)
             if self._confirm(arm):
+                self.winner = arm
                 return True
         return False
 
     def _confirm(self, arm: Candidate) -> bool:
-        """Train it on one seed after the other, for all steps, until it does not mend."""
+        """Train it at twice its rate until it must be seen to learn, then for all steps, seed after seed."""
+        some, enough = soonest(self.steps), HALVED if self._share(arm) <= HALVED else LOWER
+        fast = self._try(arm, self.seeds[0], some, FASTER)
+        if not fast.loss <= enough * reference(self.before[some], fast, self.guess):
+            self.edge.add(arm.name)
+            self.notes.append(f"{arm.name}: at twice its rate it learns no more, so near is the edge of stability")
+            return False
         before = self.before[self.steps]
         for seed in self.seeds:
             came = self._try(arm, seed, self.steps)
             self.came[arm.name] = [came] if seed == self.seeds[0] else [*self.came[arm.name], came]
             if not mends(before, came, self.guess):
                 return False
-        if judge(before, self.came[arm.name], self.guess, len(self.seeds)) != "works":
-            return False
-        self.winner = arm
-        return True
+        return judge(before, self.came[arm.name], self.guess, len(self.seeds)) == "works"
 
     def _gentlest(self, arms: Sequence[Candidate]) -> Candidate:
-        """The gentlest of those that are as good as the best."""
+        """The gentlest of those that are as good as the best, where that is good enough; else the best."""
         lost = {a.name: self.came[a.name][0].loss for a in arms}
-        equal = [a for a in arms if lost[a.name] <= SAME_LOSS * min(lost.values())]
+        best = min(arms, key=lambda a: lost[a.name])
+        if self._share(best) > HALVED:
+            return best
+        equal = [a for a in arms if lost[a.name] <= SAME_LOSS * lost[best.name]]
         return min(equal, key=lambda a: (a.weight, lost[a.name]))
 
     def _keep(self, arms: Sequence[Candidate]) -> None:
@@ -298,11 +347,11 @@ class Search:
     def _first(self, arm: Candidate, steps: int) -> None:
         self.came[arm.name] = [self._try(arm, self.seeds[0], steps)]
 
-    def _try(self, arm: Candidate | None, seed: int, steps: int) -> Outcome:
+    def _try(self, arm: Candidate | None, seed: int, steps: int, faster: float = 1.0) -> Outcome:
         if self.progress:
             name = arm.name if arm else "as it is"
             self.progress(self.passed(), min(self.seconds, self.terms.work), name)
-        came = self._outcome(arm, seed, steps)
+        came = self._outcome(arm, seed, steps, faster)
         if came.step_seconds:
             self.paces.append(came.step_seconds)
             self.asides.append(max(came.seconds - came.made * came.step_seconds, 0.0))
@@ -312,12 +361,15 @@ class Search:
                 self.notes.append(told)
         return came
 
-    def _outcome(self, arm: Candidate | None, seed: int, steps: int) -> Outcome:
+    def _outcome(self, arm: Candidate | None, seed: int, steps: int, faster: float = 1.0) -> Outcome:
         """A trial, going on where it stopped; one that a change makes impossible comes to nothing, and says why."""
-        key = f"{seed} {arm.name if arm else ''}"
+        key = f"{seed} {arm.name if arm else ''}" if faster == 1 else ""
         begun = time.process_time()
         try:
             training = self.running.pop(key, None) or self.start(arm, seed)
+            if faster != 1:
+                for group in training.optimizer.param_groups:
+                    group["lr"] *= faster
             came = measure(training, steps, self.terms.planned, self.left, whole=steps == self.steps)
         except OutOfTimeError:
             raise
@@ -325,13 +377,14 @@ class Search:
             if arm is None:
                 raise
             return Outcome(steps, error=f"{type(error).__name__}: {error}".splitlines()[0])
-        if self.terms.resume and steps < self.steps:
+        if self.terms.resume and key and steps < self.steps:
             self.running[key] = training
         return replace(came, seconds=time.process_time() - begun)
 
-    def _reference(self, arm: Candidate) -> float:
+    def _share(self, arm: Candidate) -> float:
+        """Of the loss that it is held against, at equal steps, on the first seed."""
         came = self.came[arm.name][0]
-        return reference(self.before[came.steps], came, self.guess)
+        return came.loss / reference(self.before[came.steps], came, self.guess)
 
     def _rank(self, arm: Candidate) -> tuple[bool, float, int]:
         """Finite first, then by loss, then by gentleness."""

@@ -1,0 +1,61 @@
+"""Normalization of a stack, feature-major: the formula of ``rules.norm`` on memory that is there.
+
+    u = gamma xn + beta,  xn = (z - m) r,  r = 1 / sqrt(v + eps)
+    g_z = r (h - mean h - xn mean(h xn)),  h = gamma g_u,  g_gamma = sum_b g_u xn,  g_beta = sum_b g_u
+
+Letters: K members, N features, B samples; z, u, xn and their cotangents (K, N, B), gamma and beta (K, N, 1).  A layer
+norm takes mean and variance over the features (dim 1), a batch norm over the samples (dim 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OVER = {"layer": 1, "batch": 2}
+
+
+@dataclass
+class Norm:
+    """One layer's: what it learns, and of a batch norm the running statistics that an evaluation uses."""
+
+    kind: str  # layer, batch
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+    running: tuple[Tensor, Tensor] | None = None  # mean and variance (K, N, 1)
+    momentum: float = 0.1  # weight of the new batch in them
+
+    def forward(self, members: slice, z: Tensor, xn: Tensor, u: Tensor, training: bool) -> Tensor:
+        """u from z; xn is kept.  Returns r, (k, 1, B) or (k, N, 1)."""
+        over = OVER[self.kind]
+        n = z.shape[over]
+        m = z.mean(over, keepdim=True)
+        torch.sub(z, m, out=xn)
+        v = torch.mul(xn, xn, out=u).mean(over, keepdim=True)
+        r = torch.rsqrt(v + self.eps)
+        xn.mul_(r)
+        torch.addcmul(self.beta[members], xn, self.gamma[members], out=u)
+        if self.running and training:
+            mean, var = (x[members] for x in self.running)
+            mean.lerp_(m, self.momentum)
+            var.lerp_(v * (n / (n - 1)), self.momentum)
+        return r
+
+    def vjp(self, members: slice, g: Tensor, xn: Tensor, r: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """g_u becomes g_z in place; returns g_gamma and g_beta, (k, N, 1)."""
+        over = OVER[self.kind]
+        torch.mul(g, xn, out=spare)
+        g_gamma, g_beta = spare.sum(2, keepdim=True), g.sum(2, keepdim=True)
+        gamma = self.gamma[members]
+        if self.kind == "batch":  # gamma is one number for all that is averaged over
+            n = g.shape[2]
+            g.sub_(g_beta / n).sub_(torch.mul(xn, g_gamma / n, out=spare)).mul_(gamma * r)
+            return g_gamma, g_beta
+        g.mul_(gamma)
+        along = torch.mul(g, xn, out=spare).mean(over, keepdim=True)
+        mean = g.mean(over, keepdim=True)
+        g.sub_(mean).sub_(torch.mul(xn, along, out=spare)).mul_(r)
+        return g_gamma, g_beta
