@@ -119,7 +119,6 @@ TABLES = {
     "RULES",
     "ACTIVATIONS",
     "FUNCTIONS",
-    "KNOWN",
     "STATISTICS",
     "DIAGNOSES",
     "INITIALIZERS",
