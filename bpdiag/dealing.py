@@ -14,6 +14,7 @@ LARGEST, LEAST = 16, 8  # members of a stack on one core: from 4 to 16 cost the 
 ALONE = 3  # times what a member of a stack costs
 PIXELS, DIGITS = 784, 55_000  # any data set's would do: only what costs more matters here
 CONVOLUTIONS = 4_000_000  # multiplications for a picture
+TIME_STEPS = {"rows": 28, "pixels": 784}  # of a recurrent net
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def cost(config: Config) -> float:
     net, batch = config.model, config.data.batch_size
     a_picture = PIXELS * net.width + net.width**2 * max(net.depth - 1, 0)
     a_picture += CONVOLUTIONS if net.name == "cnn" else 0
+    a_picture *= TIME_STEPS[net.sequence] if net.name in ("rnn", "lstm", "gru") else 1
     return float(3 * a_picture * batch * planned_steps(config, DIGITS))
 
 

@@ -26,6 +26,8 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "meanfield": ({"rules"}, {"torch", "numpy"}),
     # subjects
     "modules": ({"rules"}, {"torch"}),
+    "functional": ({"rules"}, {"torch"}),
+    "swapping": ({"rules", "functional"}, {"torch"}),
     "initialization": ({"rules"}, {"torch"}),
     "model": ({"rules", "modules", "initialization"}, {"torch"}),
     "data": (set(), {"numpy", "torch", "torchvision", "PIL"}),
@@ -95,8 +97,8 @@ STOREYS = [
     ["sketch", "tables"],
     ["config", "trace", "__init__"],
     ["chain", "rules", "statistics", "engines", "dealing", "composing"],
-    ["modules", "initialization", "meanfield"],
-    ["model", "data"],
+    ["modules", "functional", "initialization", "meanfield"],
+    ["model", "swapping", "data"],
     ["hooks", "backprop"],
     ["diagnosis", "difference"],
     ["results", "lesson"],
@@ -113,7 +115,16 @@ STOREYS = [
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]
-TABLES = {"RULES", "ACTIVATIONS", "STATISTICS", "DIAGNOSES", "INITIALIZERS", "OPTIMIZERS", "COMMANDS"}
+TABLES = {
+    "RULES",
+    "ACTIVATIONS",
+    "FUNCTIONS",
+    "STATISTICS",
+    "DIAGNOSES",
+    "INITIALIZERS",
+    "OPTIMIZERS",
+    "COMMANDS",
+}
 
 
 def module_of(path: Path) -> str:
