@@ -102,7 +102,7 @@ def _check_memory(configs: Sequence[Config], dataset: data.Dataset, where: torch
         return
     if each * len(configs) > free:
         raise UsageError(
-            f"a stack of {len(configs)} networks needs {each * len(configs) / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            f"a stack of {len(configs)} networks needs {each * len(configs) / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
             f"free: {max(free // each, 0)} fit"
         )
 

@@ -188,7 +188,7 @@ def test_what_no_stack_takes_is_trained_alone(alone):
 def test_more_than_memory_holds_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 250 if name == "SC_AVPHYS_PAGES" else real(name))
-    with pytest.raises(UsageError, match=r"a stack of 3 networks needs .* GB, 0.0 GB are free: \d+ fit"):
+    with pytest.raises(UsageError, match=r"a stack of 3 networks needs .* GB of memory, 0.0 GB are free: \d+ fit"):
         together([config(seed=s, width=512) for s in range(3)], tmp_path)
     assert not list(tmp_path.iterdir())
 
