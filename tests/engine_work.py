@@ -71,8 +71,8 @@ def fail_silently(task, tell):
 
 def swallow(task, tell):
     """Interrupted, make something else of it."""
-    tell("begun")
     try:
+        tell("begun")
         time.sleep(60)
     except KeyboardInterrupt:
         raise ValueError("half a sample") from None
