@@ -188,7 +188,7 @@ def main() -> None:
         run = judged(write_run(folder / "deep" / "run", LAYERS, STEPS))
         big = f"{LAYERS} layers x {STEPS:,} steps"
         tell(f"read {big}, no view kept", [reading(run) for _ in range(REPEATS)])
-        views.keep(run)
+        views.keep(run, STEPS)
         tell("the same as a run's end leaves it, its view kept", [reading(run) for _ in range(REPEATS)])
         page = report.write_html([run], folder / "deep.html").as_uri()
         drawn = [opened(driver, f"{page}#view=map", ".grid canvas") for _ in range(REPEATS)]

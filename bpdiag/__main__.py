@@ -447,7 +447,7 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
             launcher.check(base.hydra.launcher)
             refused = partial(launcher.pool(base.hydra.launcher).ask, refused)  # they begin while we compose
         loader = Composer(GlobalHydra.instance().config_loader())
-        own = [[word for word in words if not word.startswith("hydra")] for words in jobs]
+        own = [[word for word in words if not word.lstrip("+~").startswith("hydra")] for words in jobs]
         configs = [configured(loader.load_sweep_config(base, words) if several else base) for words in own]
         if bad := refused(configs):
             number, why = bad

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from bpdiag.config import UsageError, choose
@@ -109,7 +110,7 @@ class Local:
             from multiprocessing import forkserver
 
             self._context.set_forkserver_preload(list(preload))
-            with _deaf():
+            with _apart():
                 forkserver.ensure_running()
 
     def submit(self, task: Any) -> None:
@@ -165,7 +166,7 @@ class Local:
     def _begun(self) -> tuple[Connection, Any]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _deaf():
+        with _apart():
             process.start()
         theirs.close()
         return ours, process
@@ -182,26 +183,25 @@ class Local:
     def close(self) -> None:
         """Nothing is left running."""
         for end, process in [*self._idle, *((end, process) for end, (_, process) in self._busy.items())]:
-            busy = end in self._busy
             end.close()
-            if busy:
-                process.kill()
+            process.kill()  # one that has nothing to do has nothing to lose, and torch takes long to take its leave
             process.join()
         self._idle.clear()
         self._busy.clear()
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """What is started inside hears no Ctrl-C of the terminal; its parent passes one on, once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _apart() -> Iterator[None]:
+    """What is started inside hears no Ctrl-C of the terminal (its parent passes one on, once), nor runs our script."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    heard = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if heard else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.signal(signal.SIGINT, before)
+        sys.modules["__main__"] = main
 
 
 def _serve(end: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -76,6 +77,13 @@ def _saved(draw: Callable[[], Figure], out: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror or error}") from error
     return path
+
+
+def png(traces: Mapping[str, Trace], step: int | None = None) -> bytes:
+    """The same as a PNG in memory."""
+    drawn = io.BytesIO()
+    profiles(traces, step).savefig(drawn, format="png", dpi=100)
+    return drawn.getvalue()
 
 
 def profiles(traces: Mapping[str, Trace], step: int | None = None) -> Figure:

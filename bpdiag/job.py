@@ -91,8 +91,8 @@ def train(task: Task, tell: Tell) -> None:
     begun = time.perf_counter()
 
     def told(at: int, came: Result | BaseException) -> None:
-        if isinstance(came, KeyboardInterrupt):
-            return
+        if isinstance(came, KeyboardInterrupt) or getattr(came, "metrics", {}).get("stopped") == "interrupted":
+            return  # kept, and not finished
         try:
             outcome = Failure.of(came) if isinstance(came, BaseException) else outcome_of(came, cured(came))
         except Exception as error:

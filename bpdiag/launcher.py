@@ -286,13 +286,23 @@ class Sweep:
         if not members:
             return
         configs = [member.config for member in members]
-        if grid and (looks := workers.ask(job.looks, configs)):
-            rows = (one.row() for one in jobs if one.member)
-            grid.look([(grid.name(row), *look) for row, look in zip(rows, looks, strict=True)])
         costs = [dealing.cost(config) for config in configs]
-        for stack in dealing.deal(workers.ask(job.groups, configs), costs, engine.processes):
+        stacks = dealing.deal(workers.ask(job.groups, configs), costs, engine.processes)
+        if grid:
+            looks = {at: look for stack in stacks for at, look in self._looks(stack, configs, workers)}
+            named = [grid.name(one.row()) for one in jobs if one.member]
+            if looks:
+                grid.look([(name, *looks[at]) for at, name in enumerate(named) if at in looks])
+        for stack in stacks:
             engine.submit(Task(tuple(members[at] for at in stack.members), stack.together))
         yield from self._trained({one.number: one for one in jobs}, engine, grid)
+
+    def _looks(
+        self, stack: dealing.Stack, configs: Sequence[Config], workers: Local
+    ) -> Iterator[tuple[int, tuple[float | None, float]]]:
+        """Of each of its members; of none where the look fails, as training will say why."""
+        with contextlib.suppress(RuntimeError):
+            yield from zip(stack.members, workers.ask(job.looks, [configs[at] for at in stack.members]), strict=True)
 
     def _trained(self, jobs: dict[int, Job], engine: Engine, grid: Any) -> Iterator[tuple[Job, float]]:
         """Each of the jobs submitted; a stack whose process was killed is tried again in halves, a lone job once."""

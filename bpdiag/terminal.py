@@ -308,19 +308,14 @@ class Grid:
         """Before training: job, decades of the first layer as predicted (None: no theory covers it) and as measured."""
         shown = sorted(rows, key=lambda row: -abs(row[2]) if math.isfinite(row[2]) else -math.inf)[:MOST_LOOKS]
         of = f", the {len(shown)} furthest from 0 of {len(rows)}" if len(shown) < len(rows) else ""
-        title = f"a look before training: decades of the first layer{of}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+        self.out.print(f"a look before training: decades of the first layer{of}", style="italic")
+        table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("job", no_wrap=True)
         for heading in ("predicted", "measured"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in rows if len(shown) == len(rows) else shown:
-            name, predicted, measured = row
-            told = _number(math.nan if predicted is None else predicted, 1)
-            table.add_row(
-                escape(name),
-                told,
-                _number(measured, 1),
-            )
+        for name, predicted, measured in shown if of else rows:
+            expected = "–" if predicted is None else _number(predicted, 1)
+            table.add_row(escape(name), expected, _number(measured, 1))
         self.out.print(table)
         self.out.print()
 

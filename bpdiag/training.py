@@ -19,7 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from bpdiag import data, diagnosis, model, prediction
+from bpdiag import data, diagnosis, figure, model, prediction
 from bpdiag.config import (
     Config,
     DataConfig,
@@ -255,7 +255,9 @@ def confusion(told: Tensor, right: Tensor, classes: int) -> Tensor:
 
 
 def _show(log: Watch | RunLog, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
-    """Test pictures with their predictions, and the confusion matrix, in TensorBoard."""
+    """The gradient profile, test pictures with their predictions, and the confusion matrix, in TensorBoard."""
+    if len((trace := log.trace).sampled_steps):
+        log.image("profile", figure.png({"gradient profile": trace}))
     images = dataset.test.x.mul(dataset.std).add_(dataset.mean).view(-1, *dataset.shape)
     shown, sure, right = (t.cpu().numpy() for t in (images, out.softmax(1), dataset.test.y))
     log.image("test/samples", pictures.samples(shown, sure, right, dataset.names))

@@ -5,6 +5,7 @@
     series[name]    C sampled steps x L weight layers, layer 1 (input side) first; log10 where ``SERIES`` says so
     peaks[name]     the same of what a map draws, where C < S: of each span the number farthest from 1 (of a share
                     or an update the largest), so that nothing that happened between two columns is skipped
+    series.around   C x E: what each of the E ways around layers (``around``) carries, log10
 
 S sampled steps are drawn in C columns; a column's ``series`` are those of one step of its span, the one in which the
 gradient of the first layer that has one was farthest from the output's, so that the factors of a step still multiply.
@@ -23,6 +24,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,11 +216,14 @@ def drawn(run: Path, columns: int = COLUMNS) -> dict[str, Any]:
     )
 
 
-def keep(run: Path) -> None:
-    """Of a long run what is drawn of its trace, beside the trace: read in an instant when it is opened."""
-    told = drawn(run)
-    if told["spans"]:
-        write_json(run / "trace" / KEPT, told)
+def keep(run: Path, sampled: int) -> None:
+    """Of a long run what is drawn of its trace, beside the trace: read in an instant when it is opened.
+
+    Where it cannot be written nothing is lost: the trace is read instead.
+    """
+    if sampled > COLUMNS:
+        with suppress(OSError):
+            write_json(run / "trace" / KEPT, drawn(run))
 
 
 def _kept(run: Path, columns: int) -> dict[str, Any] | None:

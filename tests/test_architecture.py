@@ -55,7 +55,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "session": ({"hooks", "runlog", "terminal", "__init__"}, {"torch"}),
     "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
-        {"session", "runlog", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
+        {"session", "runlog", "prediction", "model", "data", "rules", "diagnosis", "dashboard", "figure"},
         {"torch", "numpy", "PIL"},
     ),
     "stacking": (

@@ -88,6 +88,7 @@ SWEEPS = {
     ],
     "one of them not finite": [config("identity", weight_variance="1e130"), config()],
     "a loss that grows without end": [config("relu", optimizer={"lr": 1e6}, steps=65), config(steps=65)],
+    "an activation with a number in its name": [config("relu6"), config("leaky_relu")],
     "dead units": [config("relu", weight_variance="2", bias_variance="9", steps=95), config("relu", 1, steps=95)],
     "alike rows": [config(weight_variance="0"), config(weight_variance="1")],
 }

@@ -185,7 +185,8 @@ class _Table:
 
 def _place(layer: Layer) -> tuple[str, int]:
     """What a line is, and of which weight layer, which is the number in its name."""
-    number = int(re.findall(r"\d+$", layer.name)[0]) - 1
+    own = layer.activation or ""  # which may end in a number itself
+    number = int(re.findall(r"\d+$", layer.name.removeprefix(own))[0]) - 1
     if layer.is_weight_layer:
         return "weight", number
     return "sum" if layer.kind == "sum" else "activation" if layer.activation else "norm", number

@@ -152,6 +152,8 @@ def _explains(cause: Finding, f: Finding) -> bool:
         return False
     if cause.kind in ("dead_units", "saturated") and f.kind == "vanishing":
         return f.cause in ("slopes", "alignment")
+    if cause.kind == "vanishing" and f.kind == "dead_units":  # where no signal passes only biases move, and kill
+        return cause.cause in ("weights", "depth") and cause.onset_step < f.onset_step
     if f.kind == "non_finite" and cause.kind in ("input_scale", "targets", "stale_gradient"):
         return f.key == DIVERGED or (f.key == "exploding" and cause.kind != "stale_gradient")
     return f.kind in CAUSES.get(cause.kind, ())

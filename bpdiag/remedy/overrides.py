@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,7 @@ def cure_run(
         no_dearer: for no more of the processor's time than the run itself took, or, stopped early, would have taken.
         progress: called before every trial with (seconds passed, seconds allowed, what is tried).
     """
-    settings = config.remedy
+    settings, begun = config.remedy, time.process_time()
     found = candidates(config, findings)
     kinds = ", ".join(dict.fromkeys(f.kind for f in findings))
     if not found:
@@ -161,6 +162,7 @@ def cure_run(
     if steps < LEAST_STEPS:
         return Cure(notes=[f"no remedy was tried: {steps} steps are too few to see one work, {LEAST_STEPS} are needed"])
     work = metrics.get("processor_seconds_planned", math.inf) if no_dearer else math.inf
+    work -= time.process_time() - begun
     seeds = [(config.seed + n) % 2**63 for n in range(SEEDS)]
     with training.flushed_denormals(), training.threads(config.training.threads):
         terms = Terms(steps, seeds, settings.seconds, planned, math.log(dataset.classes), work)

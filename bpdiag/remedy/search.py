@@ -307,7 +307,7 @@ class Search:
         """Whether one of them was seen to work, the best tried first."""
         left = list(arms)
         while left:
-            arm = self._gentlest(left)
+            arm = self._likeliest(left)
             left.remove(arm)
             if self._confirm(arm):
                 self.winner = arm
@@ -330,14 +330,24 @@ class Search:
                 return False
         return judge(before, self.came[arm.name], self.guess, len(self.seeds)) == "works"
 
-    def _gentlest(self, arms: Sequence[Candidate]) -> Candidate:
-        """The gentlest of those that are as good as the best, where that is good enough; else the best."""
+    def _likeliest(self, arms: Sequence[Candidate]) -> Candidate:
+        """The gentlest of those as good as the best, if that has halved the loss; else a single change that will.
+
+        Else the best.
+        """
         lost = {a.name: self.came[a.name][0].loss for a in arms}
         best = min(arms, key=lambda a: lost[a.name])
-        if self._share(best) > HALVED:
-            return best
-        equal = [a for a in arms if lost[a.name] <= SAME_LOSS * lost[best.name]]
-        return min(equal, key=lambda a: (a.weight, lost[a.name]))
+        if self._share(best) <= HALVED:
+            equal = [a for a in arms if lost[a.name] <= SAME_LOSS * lost[best.name]]
+            return min(equal, key=lambda a: (a.weight, lost[a.name]))
+        single = [a for a in arms if a in self.candidates and self._is_going_to_halve(a)]
+        return min(single or arms, key=lambda a: lost[a.name])
+
+    def _is_going_to_halve(self, arm: Candidate) -> bool:
+        """Its loss after all steps is half of what it is held against, if in each S/4 it falls by the same share."""
+        came = self.came[arm.name][0]
+        expected = came.loss * self._share(arm) ** (self.steps / came.steps - 1)
+        return expected <= HALVED * reference(self.before[self.steps], came, self.guess)
 
     def _keep(self, arms: Sequence[Candidate]) -> None:
         """Let go of all other trainings."""

@@ -2,7 +2,7 @@
 
 import { diverging, ramp, special } from "./color.js";
 import { factor, finite, html, odd, percent, power, powerSvg } from "./format.js";
-import { $, arcs, arrow, draw, everyLabel, header, labels, layersOf, name, patterns, ROOMY, segments, steered, timeBar, WAYS } from "./parts.js";
+import { $, arcs, arrow, draw, everyLabel, header, labels, layersOf, name, patterns, ROOMY, segments, steered, timeBar, told, WAYS } from "./parts.js";
 
 const fraction = (log) => factor(log, powerSvg);
 const times = (log) => (finite(log) ? html`× ${factor(log, powerSvg)}` : odd(log));
@@ -149,7 +149,7 @@ export function map(root, app) {
   const box = ([i, l], [j, m]) => [x0 + (Math.min(i, j) - first) * bw, rowY(Math.max(l, m)), (Math.abs(j - i) + 1) * bw, (Math.abs(m - l) + 1) * rowHeight];
   function update(say = false, [i, l] = [state.step, state.layer]) {
     const at = [state.step, state.layer], [x, y] = box(at, at);
-    if (!narrow) draw(values, html`<text class="f" x="${x1 + 14}" y="-8">at step ${run.steps[i]}</text>${rows.map((k) => (named(k) || k === l)
+    if (!narrow) draw(values, html`<text class="f" x="${x1 + 14}" y="-8">at step ${run.steps[i]}</text>${rows.map((k) => told(named(k), k, l, rowHeight)
       ? html`<text class="${k === l ? "tiny" : "tiny s"}" font-weight="${k === l ? 600 : 400}" x="${x1 + 14}" y="${rowY(k) + rowHeight / 2 + 4}">${shown.said(run.peak(state.show, i, k))}</text>` : "")}`);
     if (ways) draw(ways, html`${arcs(run, i, x0 - 2, rowY)}`);
     const seen = String(clip(at)) === String(at), [bx, by, wide, tall] = brushed ? box(...brushed) : [];
@@ -202,9 +202,9 @@ export function map(root, app) {
   };
   if (state.zoom) $("[data-whole]", root).onclick = whole;
   update();
-  const told = [["step", "layer", state.show]];
-  for (let i = first; i <= last; i++) for (const l of rows) told.push([run.steps[i], run.layers[l].name, run.peak(state.show, i, l)]);
-  return { svg: over, canvas, rows: told, file: `${run.id}-map-${state.show}` };
+  const table = [["step", "layer", state.show]];
+  for (let i = first; i <= last; i++) for (const l of rows) table.push([run.steps[i], run.layers[l].name, run.peak(state.show, i, l)]);
+  return { svg: over, canvas, rows: table, file: `${run.id}-map-${state.show}` };
 }
 
 /** [column, the step written under it]: round numbers where there are some. */
@@ -213,6 +213,6 @@ function timeTicks(run, most, first, last) {
   const sampled = new Set(run.steps), multiples = (s) => Array.from({ length: Math.floor(wide / s) + 1 }, (_, k) => (Math.ceil(run.steps[first] / s) + k) * s).filter((step) => step <= run.steps[last]);
   const sizes = [1, 2, 4, 5, 8, 10, 20, 40, 50].map((k) => k * unit).filter((s) => wide / s <= most);
   const wanted = multiples(sizes.find((s) => run.spans.length || multiples(s).every((step) => sampled.has(step))) ?? sizes[0] ?? Math.max(1, wide));
-  const told = new Map(wanted.map((step) => [run.column(step), step]));
-  return [...told].map(([i, step]) => [i, run.spans.length ? step : run.steps[i]]).filter(([i]) => first <= i && i <= last && (i - first < (last - first + 1) * 0.9 || last - first < 2));
+  const under = new Map(wanted.map((step) => [run.column(step), step]));
+  return [...under].map(([i, step]) => [i, run.spans.length ? step : run.steps[i]]).filter(([i]) => first <= i && i <= last && (i - first < (last - first + 1) * 0.9 || last - first < 2));
 }

@@ -115,6 +115,9 @@ export const arcs = (run, i, x, edge) => run.ways(i).map(([[low, high], carries]
 /** Every how many rows a label fits. */
 export const everyLabel = (rowHeight) => Math.max(1, Math.ceil(13 / rowHeight));
 
+/** Whether a row's numbers stand: those of every k-th, and the chosen one's in the place of its neighbours'. */
+export const told = (named, row, chosen, rowHeight) => row === chosen || (named && Math.abs(row - chosen) * rowHeight >= 12);
+
 export const ROOMY = 96; // px left of a chart that hold "guessing 2.30"
 
 /** The loss curve, which is the step slider too; from x0 to x1 it lines up with the columns of the map below. */

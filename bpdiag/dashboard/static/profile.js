@@ -2,7 +2,7 @@
 
 import { factor, finite, fixed, html, percent, power, powerSvg } from "./format.js";
 import { reading } from "./map.js";
-import { $, arcs, draw, everyLabel, header, labels, patternOf, patterns, ROOMY, steered, timeBar, WAYS } from "./parts.js";
+import { $, arcs, draw, everyLabel, header, labels, patternOf, patterns, ROOMY, steered, timeBar, told, WAYS } from "./parts.js";
 
 /** Owners of the ledger: color variable; what they are called. */
 export const OWNERS = { weights: ["--weights", "size of the weights"], slopes: ["--slopes", "slopes of the activation"], alignment: ["--alignment", "alignment"], other: ["--other", "norms, pools, the rest"] };
@@ -78,7 +78,7 @@ export function profile(root, app) {
   const move = timeBar($(".time", root), run, state, x0 + 6, narrow ? W - 4 : W - 20, () => update());
 
   function update(say = false, l = state.layer) {
-    const i = state.step, d = run.layers.map((_, k) => run.at("decades", i, k)), told = together(run, i, 0);
+    const i = state.step, d = run.layers.map((_, k) => run.at("decades", i, k)), whole = together(run, i, 0);
     const line = d.map((v, k) => (finite(v) ? `${x(v).toFixed(1)} ${y(k).toFixed(1)}` : null));
     const path = line.map((point, k) => (point ? `${k && line[k - 1] ? "L" : "M"}${point}` : "")).join("");
     const cells = (k) => [run.at("gain", i, k), run.at("saturated", i, k), run.at("dead", i, k), run.at("update_ratio", i, k)];
@@ -90,9 +90,9 @@ export function profile(root, app) {
         : html`<rect x="${x0 + 6}" y="${y(k) - rowHeight / 2 + 1}" width="${xa - x0 - 6}" height="${rowHeight - 2}" fill="${patternOf(v)}" opacity=".8"/>`))}
       ${run.layers.map((_, k) => { const parts = ledger(run, i, k); return parts ? stack(parts, g, y(k) - rowHeight / 2 + 1.5, rowHeight - 3, -takes, gives) : ""; })}
       <line x1="${g(0)}" x2="${g(0)}" y1="${top - 4}" y2="${height}" stroke="var(--soft)"/>
-      ${narrow ? "" : run.layers.map((_, k) => ((n - 1 - k) % skip === 0 || k === l ? cells(k).map((v, c) => (finite(v) || v === -Infinity ? html`<text class="tiny ${k === l ? "" : "s"}" font-weight="${bold(k)}" x="${columns[c]}" y="${y(k) + 4}" text-anchor="end">${finite(v) ? said[c](v) : "0"}</text>` : "")) : ""))}
-      ${told ? html`<text class="f tiny" x="${side.width - 8}" y="${height + 40}" text-anchor="end">${narrow ? "Σ" : "all together"}</text>${stack(told.total, x, height + 30, 13, low, high)}<line x1="${x(0)}" x2="${x(0)}" y1="${height + 26}" y2="${height + 46}" stroke="var(--soft)"/>` : ""}`);
-    draw(keys, told ? html`<b>All ${told.counted} layers together, in decades:</b>${Object.values(OWNERS).map(([color, text], k) => html`<span><i class="swatch" style="background:var(${color})"></i>${text} <b>${fixed(told.total[k])}</b></span>`)}<span>sum <b>${fixed(told.total.reduce((a, b) => a + b, 0))}</b>: ${power(d[0])} arrives</span>`
+      ${narrow ? "" : run.layers.map((_, k) => (told((n - 1 - k) % skip === 0, k, l, rowHeight) ? cells(k).map((v, c) => (finite(v) || v === -Infinity ? html`<text class="tiny ${k === l ? "" : "s"}" font-weight="${bold(k)}" x="${columns[c]}" y="${y(k) + 4}" text-anchor="end">${finite(v) ? said[c](v) : "0"}</text>` : "")) : ""))}
+      ${whole ? html`<text class="f tiny" x="${side.width - 8}" y="${height + 40}" text-anchor="end">${narrow ? "Σ" : "all together"}</text>${stack(whole.total, x, height + 30, 13, low, high)}<line x1="${x(0)}" x2="${x(0)}" y1="${height + 26}" y2="${height + 46}" stroke="var(--soft)"/>` : ""}`);
+    draw(keys, whole ? html`<b>All ${whole.counted} layers together, in decades:</b>${Object.values(OWNERS).map(([color, text], k) => html`<span><i class="swatch" style="background:var(${color})"></i>${text} <b>${fixed(whole.total[k])}</b></span>`)}<span>sum <b>${fixed(whole.total.reduce((a, b) => a + b, 0))}</b>: ${power(d[0])} arrives</span>`
       : html`${Object.values(OWNERS).map(([color, text]) => html`<span><i class="swatch" style="background:var(${color})"></i>${text}</span>`)}<span class="note">Not every step of the way up is known, so the shares are not added up.</span>`);
     draw(read, reading(run, i, l));
     if (say) app.say($(".head", read).textContent);
