@@ -32,24 +32,27 @@ PAGE = Path(__file__).parents[1] / "docs" / "rules.md"
 SLOW = 1.5
 
 PASSES = "each operation of the formula is one pass over memory, torch's kernel is one for all"
-MOVED = "nothing is computed: what is timed is a Function in Python, its checks, and a copy where torch has a view"
+SELECTS = "where and masked_fill, which alone keep inf and nan apart, take on a CPU the time of twenty products"
+MOVED = "little is computed: what is timed is a Function in Python, its checks, and a copy where torch has a view"
 AGAIN = "what torch keeps, mean and slope or the place of the largest, is made again, so that it can be differentiated"
 # why a rule is slower than SLOW times torch's own
 REASONS = {
     **dict.fromkeys(ACTIVATIONS, PASSES),
+    **dict.fromkeys(("relu", "leaky_relu", "prelu", "elu", "selu", "hardtanh", "relu6"), SELECTS),
+    **dict.fromkeys(("hardswish", "hardsigmoid"), SELECTS),
     **dict.fromkeys(("softmax", "log_softmax", "glu", "swiglu", "mse", "l1", "huber", "smooth_l1"), PASSES),
     **dict.fromkeys(("identity", "add", "concat", "flatten", "pad", "dropout", "embedding"), MOVED),
     **dict.fromkeys(("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"), AGAIN),
     **dict.fromkeys(("max_pool", "adaptive_max_pool", "global_max_pool"), AGAIN),
     **dict.fromkeys(("avg_pool", "adaptive_avg_pool", "global_avg_pool"), PASSES),
     "cross_entropy": "softmax and one-hot classes are two matrices more, where torch's kernel keeps the first",
-    "nll": "two small kernels, of which torch's are one each: what is timed is a Function in Python",
+    "nll": "a scatter each way: what is timed is a Function in Python and its checks",
     "bce_with_logits": PASSES,
     "kl_div": PASSES,
     "attention": "the probabilities are not kept but made again; torch's CPU kernel never holds all of them at once",
     "conv": "the cotangent of W is a convolution of its own, where torch's kernel has a layout for it",
     "rnn": "a loop in Python over the time steps",
-    "lstm": "a loop in Python over the time steps",
+    "lstm": "a loop in Python over the time steps, and gates made again, where torch's CPU kernel is one call",
     "gru": "a loop in Python over the time steps",
 }
 

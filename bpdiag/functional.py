@@ -381,9 +381,6 @@ def _in_rows(rule: str, input: Tensor, target: Tensor, reduction: str, *settings
     rows = input.movedim(classes, -1).reshape(-1, input.shape[classes])
     if shape != (*input.shape[:classes], *input.shape[classes + 1 :]):
         raise wrong(rule, "target", target, f"a class for each of {tuple(input.shape)}")
-    if reduction == "mean" and target.is_floating_point() and input.dim() > 2:
-        reduced = RULES[rule].apply(rows, target, *settings, reduction="sum", **named)
-        return reduced / input.shape[0]  # torch's mean of probabilities is over samples, not places
     out = RULES[rule].apply(rows, target, *settings, reduction=reduction, **named)
     return out.reshape(shape) if reduction == "none" else out
 
@@ -492,6 +489,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     dropout = None
+    if key.dim() != query.dim() or (key.shape[:-2] != query.shape[:-2] and not enable_gqa):
+        raise wrong("scaled_dot_product_attention", "key", key, "as many dimensions, batch and heads as query")
     if dropout_p > 0:
         drawn = query.new_empty((*query.shape[:-1], key.shape[-2]))
         dropout = drawn.bernoulli_(1 - dropout_p).bool() if dropout_p < 1 else torch.zeros_like(drawn, dtype=torch.bool)

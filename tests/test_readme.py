@@ -94,6 +94,7 @@ PRINTED = [
     "The gradient dies on its way down: 0 (linear) receives",
     "7",
     "tensor([0.4200, 0.7864, 0.0707])",
+    "Unswapped(modules={}, functions=set())",
 ]
 
 

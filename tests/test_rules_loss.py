@@ -256,3 +256,31 @@ def test_mutants_are_caught(mutants):
 @pytest.mark.parametrize("rule", ALL)
 def test_a_sound_twin_passes(rule):
     suite.assert_sound(sound(rule))
+
+
+# ---- alone ----
+
+
+def test_a_smooth_l1_of_beta_0_is_the_l1():
+    x, y = draw((3, 4), (3, 4))
+    g = torch.tensor(1.0).double()
+    assert torch.equal(SmoothL1.apply(x, y, beta=0), L1.apply(x, y))
+    assert torch.equal(SmoothL1.vjp(g, x, y, beta=0)[0], L1.vjp(g, torch.sign(x - y))[0])
+
+
+@pytest.mark.parametrize("rule", [CrossEntropy, Nll])
+def test_where_no_row_counts_the_mean_is_nan_and_nothing_learns(rule):
+    z, y = draw((3, 4))[0].requires_grad_(), torch.full((3,), -100)
+    cost = rule.apply(z, y, ignore_index=-100)
+    assert cost.isnan()
+    assert torch.autograd.grad(cost, z)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_wrong_class_at_minus_infinity_costs_nothing_with_weights_too(reduction):
+    z = torch.tensor([[0.0, -torch.inf, 1.0]]).double().requires_grad_()
+    y, weight = torch.tensor([2]), torch.tensor([1.0, 2.0, 3.0]).double()
+    ours, theirs = (f(z, y, weight, reduction=reduction) for f in (CrossEntropy.apply, F.cross_entropy))
+    assert torch.equal(ours, theirs)
+    g = torch.ones_like(ours)
+    assert torch.allclose(*[torch.autograd.grad(cost, z, g)[0] for cost in (ours, theirs)], rtol=1e-14, atol=0)

@@ -179,7 +179,9 @@ MUTANTS = [
     mutant("batch_norm", "the mean's part kept", "per * g_beta, per", "0 * g_beta, per"),
     mutant("batch_norm", "sign of the part along xn", "per * g_gamma)", "-per * g_gamma)"),
     mutant("batch_norm", "gamma dropped from the means", "per = gamma / (", "per = 1 / ("),
-    mutant("batch_norm", "not divided by n", "per = gamma / (math.prod(g.shape[d] for d in over) or 1)", "per = gamma"),
+    mutant(
+        "batch_norm", "not divided by n", "per = gamma / (math.prod([g.shape[d] for d in over]) or 1)", "per = gamma"
+    ),
     mutant("batch_norm", "r dropped from g_gamma", "g_gamma = r * (g * centered)", "g_gamma = (g * centered)"),
     mutant("batch_norm", "r dropped in evaluation", "g_gamma = r * (g * (wide", "g_gamma = (g * (wide"),
     mutant("batch_norm", "the running mean dropped", "(wide(x) - mean.reshape(channel))", "wide(x)"),
