@@ -3,8 +3,8 @@
     total   |x_k| = sqrt(sum_b r_kb^2),  r_kb^2 = sum_n x_knb^2     one pass; r tells which sample is not finite
     cosine  c_k = (|sum_b z_kb / r_kb|^2 - B) / (B (B - 1))
 
-Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``.  What a float32 cannot square is squared again in
-float64, as ``statistics`` does.
+Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``, of pictures (k, C Q, B, J).  What a float32 cannot
+square is squared again in float64, as ``statistics`` does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Meter:
 
     def size(self, what: str, layer: int, s: slice, x: Tensor, spare: Tensor) -> Tensor:
         """|x_k|; returns r, (k, B).  ``spare``: room as large as x."""
-        squares = torch.mul(x, x, out=spare).sum(1)
+        squares = torch.mul(x, x, out=spare).sum(_features(x))
         total = squares.sum(1, dtype=self.wide)
         if x.dtype != self.wide:
             total, squares = self._right(x, total, squares)
@@ -67,22 +67,21 @@ class Meter:
     def _right(self, x: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         """Where float32 squared wrongly, again; a device that would have to be waited for squares all of it again."""
         if x.device.type != "cpu":
-            squares = x.to(self.wide).square().sum(1)
+            squares = x.to(self.wide).square().sum(_features(x))
             return squares.sum(1), squares
         low, high = (limit**2 * x[0].numel() for limit in statistics.RIGHT)
         doubtful = (total <= low) | (total >= high)
         if doubtful.any():
             squares = squares.to(self.wide)
-            squares[doubtful] = x[doubtful].to(self.wide).square().sum(1)
+            squares[doubtful] = x[doubtful].to(self.wide).square().sum(_features(x))
             total[doubtful] = squares[doubtful].sum(1)
         return total, squares
 
     def cosine(self, layer: int, s: slice, z: Tensor, lengths: Tensor, spare: Tensor) -> None:
         """c of the samples' z."""
-        together = (
-            torch.div(z, lengths.unsqueeze(1), out=spare) if lengths.dtype == z.dtype else z / lengths.unsqueeze(1)
-        )
-        total, n = statistics.lengths(together.sum(2)), z.shape[2]
+        r = lengths.view(len(z), 1, -1, *[1] * (z.dim() - 3))
+        together = torch.div(z, r, out=spare) if r.dtype == z.dtype else z / r
+        total, n = statistics.lengths(together.sum(2).flatten(1)), z.shape[2]
         self._put("z_cosine", layer, s, (total * total - n) / (n * (n - 1)) if n > 1 else total * math.nan)
 
     def slopes(self, layer: int, s: slice, kept: Tensor, rule: type[Activation]) -> None:
@@ -159,3 +158,8 @@ class Meter:
         if held is None:
             held = self._numbers[what, layer] = torch.full((self.K,), math.nan, dtype=self.wide, device=self.device)
         held[s] = numbers
+
+
+def _features(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but members and samples."""
+    return (1,) if x.dim() == 3 else (1, 3)
