@@ -136,7 +136,8 @@ class Convolution:
             self._x = below.view(n, batch, *at.read)
             self._W = W.view(n, C, at.read[0], *at.kernel)
             self._g = room(("map", number), batch, C * Q * J, batch * C * Q * J).view(n, batch, C, *at.places)
-            self._by_window = [by_window(g, at.pool).permute(1, 2, 3, 0, 4, 5) for g in self._g]
+            self._turned = room(("turned", number), C, batch * Q * J, C * batch * Q * J)[0].view(C, batch, *at.places)
+            self._by_window = by_window(self._turned, at.pool).permute(2, 3, 0, 1, 4, 5)
 
     def by_channel(self, x: Tensor) -> Tensor:
         """What the next layer reads, or its cotangent, as (n, C, B, J)."""
@@ -147,7 +148,8 @@ class Convolution:
         """z = W * x of every member."""
         for k, z in enumerate(self.z):
             y = torch.convolution(self._x[k], self._W[k], None, [1, 1], self.at.padding, [1, 1], False, [0, 0], 1)
-            _copied(by_window(y, self.at.pool).permute(1, 2, 3, 0, 4, 5), z)
+            self._turned.copy_(y.transpose(0, 1))  # two copies along memory take a third of one across it
+            _copied(self._by_window.movedim(2, 0), z)
 
     def pool(self) -> None:
         """The largest of each window, and as the next layer reads it."""
@@ -166,14 +168,20 @@ class Convolution:
     def unpool(self, out: Tensor) -> None:
         """g_a from the g_p that arrived, which is used up: what one place has taken is 0 for those after it."""
         for q, g in enumerate(out.view_as(self._a).unbind(2)):
+            if q:
+                self.g_pooled.sub_(before)
             torch.sub(self._a[:, :, q], self.pooled, out=self._beside)
             aten.threshold_backward.grad_input(self.g_pooled, self._beside, self._nearly, grad_input=g)
-            self.g_pooled.sub_(g)
+            before = g
 
     def onward(self, g: Tensor, out: Tensor) -> None:
         """g_x, (n, B, c H W), from g_z."""
-        for k, place in enumerate(self._by_window):
-            place.copy_(g[k].view(place.shape))
+        C, B, *_ = self._turned.shape
+        corners = [corner for row in self._by_window for corner in row]
+        for k in range(len(g)):
+            for corner, g_q in zip(corners, g[k].view(C, len(corners), B, *self.at.windows).unbind(1), strict=True):
+                corner.copy_(g_q)
+            self._g[k].copy_(self._turned.transpose(0, 1))
             _copied(self._vjp(k, x=True), out[k])
 
     def gradient(self, out: Tensor, mu: float | None) -> None:

@@ -38,14 +38,16 @@ class Norm:
         return OVER[self.kind] if self.kind == "batch" or self.places else (1,)
 
     def forward(self, members: slice, z: Tensor, xn: Tensor, u: Tensor, training: bool) -> Tensor:
-        """u from z; xn is kept.  Returns r, (k, 1, B) or (k, N, 1)."""
+        """u from z; xn is kept, of a batch norm without the factor r.  Returns r, (k, 1, B) or (k, N, 1)."""
         over, z, xn, u = self._over, self._seen(z), self._seen(xn), self._seen(u)
         m = z.mean(over, keepdim=True)
         torch.sub(z, m, out=xn)
         v = torch.mul(xn, xn, out=u).mean(over, keepdim=True)
         r = torch.rsqrt(v + self.eps)
-        xn.mul_(r)
-        torch.addcmul(self.beta[members], xn, self.gamma[members], out=u)
+        if self.kind == "batch":  # r is one number for all that gamma is one for: no pass of its own
+            torch.mul(xn, self.gamma[members] * r, out=u).add_(self.beta[members])
+        else:
+            torch.mul(xn.mul_(r), self.gamma[members], out=u).add_(self.beta[members])
         if self.running and training:
             mean, var = (x[members] for x in self.running)
             n = z.shape[2]
@@ -59,9 +61,11 @@ class Norm:
         torch.mul(g, xn, out=spare)
         g_gamma, g_beta = spare.sum(2, keepdim=True), g.sum(2, keepdim=True)
         gamma = self.gamma[members]
-        if self.kind == "batch":  # gamma is one number for all that is averaged over
-            n = g.shape[2]
-            g.sub_(g_beta / n).sub_(torch.mul(xn, g_gamma / n, out=spare)).mul_(gamma * r)
+        if self.kind == "batch":
+            g_gamma *= r
+            per = gamma * r / -g.shape[2]
+            torch.mul(xn, per * r * g_gamma, out=spare).add_(per * g_beta)
+            torch.addcmul(spare, g, gamma * r, out=g)
             return g_gamma, g_beta
         g.mul_(gamma)
         along = torch.mul(g, xn, out=spare).mean(over, keepdim=True)
