@@ -52,7 +52,7 @@ def group(config: Config) -> Hashable | None:
     """
     model, optimizer = config.model, config.optimizer
     rule = ACTIVATIONS.get(model.activation)
-    stackable = model.name == "mlp" and model.backward == "handwritten" and not config.watch.histograms
+    stackable = model.backward == "handwritten" and not config.watch.histograms
     if rule is None or rule.learnable or not stackable:
         return None
     alike = replace(

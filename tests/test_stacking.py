@@ -24,6 +24,7 @@ from bpdiag.config import (
     UsageError,
     WatchConfig,
 )
+from bpdiag.data import Split
 from bpdiag.trace import COLUMNS, Trace, plain
 
 RTOL, ATOL = 1e-10, 1e-13
@@ -93,10 +94,42 @@ SWEEPS = {
 }
 
 
+PICTURES = {
+    "cnn, batch norm": [config(a, s, name="cnn", steps=13) for a, s in (("relu", 0), ("tanh", 1), ("gelu", 1))],
+    "cnn, layer norm": [config(a, name="cnn", normalization="layer", steps=13) for a in ("relu", "silu")],
+    "cnn, no norm": [config(a, name="cnn", depth=3, normalization="none", steps=13) for a in ("sigmoid", "relu")],
+    "cnn, adam, dead units": [
+        config("relu", s, name="cnn", depth=4, normalization="none", steps=95, optimizer={"name": "adam", "lr": lr})
+        for s, lr in ((0, 0.03), (1, 0.001))
+    ],
+}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer pictures: a convolution in float64 takes its time."""
+    whole = training.load_data(config())
+
+    def some(split: Split) -> Split:
+        return Split(split.x[:300], split.y[:300])
+
+    small = replace(whole, train=some(whole.train), validation=some(whole.validation), test=some(whole.test))
+    monkeypatch.setattr(training, "load_data", lambda config: small)
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_member_s_folder_is_the_one_it_would_have_left_alone(name, tmp_path):
-    for i, result in enumerate(together(SWEEPS[name], tmp_path / "stack")):
-        alone = training.train(SWEEPS[name][i], tmp_path / "alone")
+    assert_alike_folders(SWEEPS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_so_is_that_of_a_net_of_convolutions(name, tmp_path, few):
+    assert_alike_folders(PICTURES[name], tmp_path)
+
+
+def assert_alike_folders(configs: Sequence[Config], tmp_path: Path) -> None:
+    for i, result in enumerate(together(configs, tmp_path / "stack")):
+        alone = training.train(configs[i], tmp_path / "alone")
         assert_alike(result.trace, alone.trace)
         assert_alike(Trace.load(tmp_path / "stack" / str(i)), alone.trace)
         assert [(f.kind, f.cause, f.layers, f.onset_step) for f in result.findings] == [
@@ -178,7 +211,8 @@ def test_what_no_stack_can_share_makes_two_groups(one, other):
 
 
 @pytest.mark.parametrize(
-    "alone", [config("prelu"), config(name="cnn"), config(backward="autograd"), config(watch={"histograms": True})]
+    "alone",
+    [config("prelu"), config("prelu", name="cnn"), config(backward="autograd"), config(watch={"histograms": True})],
 )
 def test_what_no_stack_takes_is_trained_alone(alone):
     assert stacking.group(alone) is None

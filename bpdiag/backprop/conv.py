@@ -167,12 +167,10 @@ class Convolution:
 
     def unpool(self, out: Tensor) -> None:
         """g_a from the g_p that arrived, which is used up: what one place has taken is 0 for those after it."""
-        for q, g in enumerate(out.view_as(self._a).unbind(2)):
-            if q:
-                self.g_pooled.sub_(before)
-            torch.sub(self._a[:, :, q], self.pooled, out=self._beside)
+        for a, g in zip(self._a.unbind(2), out.view_as(self._a).unbind(2), strict=True):
+            torch.sub(a, self.pooled, out=self._beside)
             aten.threshold_backward.grad_input(self.g_pooled, self._beside, self._nearly, grad_input=g)
-            before = g
+            self.g_pooled.sub_(g)
 
     def onward(self, g: Tensor, out: Tensor) -> None:
         """g_x, (n, B, c H W), from g_z."""

@@ -3,8 +3,8 @@
     total   |x_k| = sqrt(sum_b r_kb^2),  r_kb^2 = sum_n x_knb^2     one pass; r tells which sample is not finite
     cosine  c_k = (|sum_b z_kb / r_kb|^2 - B) / (B (B - 1))
 
-Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``, of pictures (k, C Q, B, J).  What a float32 cannot
-square is squared again in float64, as ``statistics`` does.
+Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``, of pictures (k, C Q, B, J).  What a float32
+cannot square is squared again in float64, as ``statistics`` does.
 """
 
 from __future__ import annotations

@@ -127,6 +127,9 @@ class _Table:
                 told["a_dead_fraction"] = self._of("asleep", number) / layer.shape[1]
             elif kind in ("weight", "norm"):
                 told |= self._weight(layer, kind, number)
+            if kind in ("input", "weight") and number == 0:
+                x, read = self._of("x", 0), self.layers[0].fan_in or math.prod(self.layers[0].shape[1:])
+                told |= {"x_norm": x, "x_rms": x / np.sqrt(self.batch * read)}
             for name, x in told.items():
                 columns[name][:, row] = x
         self._between(columns)
@@ -142,10 +145,6 @@ class _Table:
         told["g_W_stale_norm"] = np.zeros_like(G)
         if kind == "weight":
             told |= {"z_cosine": self._of("z_cosine", number), "W_distinct_rows": self._of("distinct", number)}
-            if number == 0:
-                told["x_norm"] = self._of("x", 0)
-                read = math.prod(self.layers[0].shape[1:]) if self.places[0][0] == "input" else layer.fan_in or 1
-                told["x_rms"] = told["x_norm"] / np.sqrt(self.batch * read)
         return told
 
     def _between(self, columns: Columns) -> None:

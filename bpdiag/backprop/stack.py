@@ -59,7 +59,7 @@ class _Reading(NamedTuple):
     order: int
     number: int
     W: Tensor
-    z: Tensor
+    z: Sequence[Tensor]  # of a convolution place by place of the window: equal patches give equal bits, and tie in it
     V: Tensor
     G: Tensor
     g: list[Tensor]
@@ -235,16 +235,16 @@ class Stack:
             self._loss(chunk, targets)
             self._backward(chunk, rows, meter, training)
 
-    def _laid_out(self, xs: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """What the first weights are multiplied by, and its transpose: the batches, or their patches."""
+    def _laid_out(self, xs: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], Sequence[Tensor]]:
+        """What the first weights are multiplied by, in parts, and its transpose: the batches, or their patches."""
         picture = self.layers[0].picture
         if picture is None:
-            return [x.t().contiguous() for x in xs], xs
+            return [[x.t().contiguous()] for x in xs], xs
         read, places = self.layers[0].W.W.shape[2], self.layers[0].columns
         columns = [patches(x, picture, self._room(("patches", i), read, len(x) * places)) for i, x in enumerate(xs)]
-        return columns, [one.t() for one in columns]
+        return [one.chunk(picture.pool**2, 1) for one in columns], [one.t() for one in columns]
 
-    def _forward(self, chunk: _Chunk, columns: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
+    def _forward(self, chunk: _Chunk, columns: Sequence[Sequence[Tensor]], meter: Meter | None, training: bool) -> None:
         s, below = chunk.members, chunk.layers[0]
         for number, (c, layer) in enumerate(zip(chunk.layers, self.layers, strict=True)):
             if number and c.conv:
@@ -253,8 +253,8 @@ class Stack:
                 torch.bmm(c.W.W, below.out, out=c.z)
             else:
                 for one in chunk.first:
-                    x = columns[one.order]
-                    torch.bmm(one.W, x.expand(one.number, *x.shape), out=one.z)
+                    for x, z in zip(columns[one.order], one.z, strict=True):
+                        torch.bmm(one.W, x.expand(one.number, *x.shape), out=z)
             c.z.add_(c.b.W)
             if meter:
                 lengths = c.measure(meter, "z", number, s, c.z)
@@ -515,13 +515,13 @@ class Stack:
                     rate=self.update.rate[members],
                 )
             )
-        c = steps[0]
+        c, layer = steps[0], self.layers[0]
         first = [
             _Reading(
                 order,
                 here.stop - here.start,
                 c.W.W[here],
-                c.z[here],
+                c.z[here].chunk(layer.picture.pool**2 if layer.picture else 1, 2),
                 c.W.states[0][here],
                 c.G[here],
                 [x[here] for x in c.g],
