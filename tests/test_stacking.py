@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bpdiag import stacking, training
+from bpdiag import model, stacking, training
 from bpdiag.config import (
     Config,
     DataConfig,
@@ -226,12 +226,21 @@ def test_more_than_memory_holds_is_refused_before_anything_is_made(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_look_is_what_the_first_step_measures():
-    configs = [config("tanh", 1), config("sigmoid", weight_variance="torch"), config(name="cnn", depth=3)]
-    told = stacking.look(configs)
-    for one, look in zip(configs[:2], told, strict=False):
+def test_a_look_is_what_the_first_step_measures(few):
+    looked_at = [config("tanh", 1), config("sigmoid", weight_variance="torch"), config(name="cnn", depth=3)]
+    told = stacking.look([*looked_at, config("prelu")])
+    for one, look in zip(looked_at, told, strict=False):
         trace = training.train(replace(one, training=TrainingConfig(steps=1, dtype="float64"))).trace
-        assert look.measured == pytest.approx(trace.value("decades", 0, 0), rel=1e-10)
-        assert look.predicted == trace.meta["predicted"]["decades"][0]
-    assert math.isnan(told[2].measured)
+        first = next(row for row, layer in enumerate(trace.layers) if layer.is_weight_layer)
+        assert look.measured == pytest.approx(trace.value("decades", first, 0), rel=1e-10)
+        assert look.predicted == trace.meta.get("predicted", {"decades": [None]})["decades"][0]
     assert told[2].predicted is None
+    assert math.isnan(told[3].measured)
+
+
+def test_the_memory_told_of_a_net_of_convolutions_is_that_of_what_a_stack_makes():
+    net = model.build(ModelConfig(name="cnn", depth=3), (1, 28, 28), 10, seed=0)
+    weights = sum(p.numel() for p in net.parameters() if p.dim() != 1) + 16 + 32 + 10  # no norm counted
+    activations = 16 * 28 * 28 + 32 * 10 * 10 + 10 + 25 * 28 * 28
+    told = stacking.bytes_of(Config(model=ModelConfig(name="cnn", depth=3)), (1, 28, 28), 10)
+    assert told == 4 * (2 * weights + 64 * activations)

@@ -16,10 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.utils import _pair
 
 from bpdiag.backprop.meter import Meter
 
@@ -60,15 +62,15 @@ def pictures_of(net: nn.Module) -> list[Picture]:
     """
     found: list[Picture] = []
     read: tuple[int, ...] = ()
-    conv: nn.Conv2d | None = None
+    conv: Any = None
     for module in net.children():
         if isinstance(module, nn.Unflatten):
-            read = tuple(module.unflattened_size)
+            read = tuple(map(int, module.unflattened_size))
         elif isinstance(module, nn.Conv2d):
             conv = module
         elif isinstance(module, nn.MaxPool2d) and conv is not None:
-            (k, m), (p, q), pool = conv.kernel_size, conv.padding, module.kernel_size
-            found.append(Picture((read[0], read[1], read[2]), conv.out_channels, (k, m), (int(p), int(q)), int(pool)))
+            pool = _pair(module.kernel_size)[0]
+            found.append(Picture((read[0], read[1], read[2]), conv.out_channels, conv.kernel_size, conv.padding, pool))
             read = conv.out_channels, *found[-1].windows
     return found
 
