@@ -37,17 +37,19 @@ class Norm:
     def _over(self) -> tuple[int, ...]:
         return OVER[self.kind] if self.kind == "batch" or self.places else (1,)
 
-    def forward(self, members: slice, z: Tensor, xn: Tensor, u: Tensor, training: bool) -> Tensor:
-        """u from z; xn is kept, of a batch norm without the factor r.  Returns r, (k, 1, B) or (k, N, 1)."""
-        over, z, xn, u = self._over, self._seen(z), self._seen(xn), self._seen(u)
+    def forward(self, members: slice, z: Tensor, u: Tensor, training: bool) -> Tensor:
+        """u from z, which becomes xn, of a batch norm without the factor r.  Returns r, (k, 1, B) or (k, N, 1)."""
+        over, z, u = self._over, self._seen(z), self._seen(u)
         m = z.mean(over, keepdim=True)
-        torch.sub(z, m, out=xn)
-        v = torch.mul(xn, xn, out=u).mean(over, keepdim=True)
-        r = torch.rsqrt(v + self.eps)
+        z.sub_(m)
         if self.kind == "batch":  # r is one number for all that gamma is one for: no pass of its own
-            torch.mul(xn, self.gamma[members] * r, out=u).add_(self.beta[members])
+            v = torch.linalg.vector_norm(z, dim=2, keepdim=True).square_().div_(z.shape[2])
+            r = torch.rsqrt(v + self.eps)
+            torch.mul(z, self.gamma[members] * r, out=u).add_(self.beta[members])
         else:
-            torch.mul(xn.mul_(r), self.gamma[members], out=u).add_(self.beta[members])
+            v = torch.mul(z, z, out=u).mean(over, keepdim=True)
+            r = torch.rsqrt(v + self.eps)
+            torch.mul(z.mul_(r), self.gamma[members], out=u).add_(self.beta[members])
         if self.running and training:
             mean, var = (x[members] for x in self.running)
             n = z.shape[2]

@@ -74,8 +74,7 @@ class _Step:
     b: Parameter
     gamma: Parameter | None
     beta: Parameter | None
-    z: Tensor  # of a normalized layer a buffer that others use too
-    xn: Tensor
+    z: Tensor  # of a normalized layer xn, once that is known
     u: Tensor  # what the activation reads
     a: Tensor
     out: Tensor  # what the next layer reads
@@ -263,7 +262,7 @@ class Stack:
             if number == self.L - 1:
                 return
             if layer.norm:
-                c.r = layer.norm.forward(s, c.z, c.xn, c.u, training)
+                c.r = layer.norm.forward(s, c.z, c.u, training)
                 if meter:
                     c.measure(meter, "u", number, s, c.u)
             for run in c.runs:
@@ -317,7 +316,7 @@ class Stack:
                 if layer.norm and c.gamma and c.beta and c.r is not None:
                     if meter:
                         c.measure(meter, "g_u", number, s, c.g[room])
-                    g_gamma, g_beta = layer.norm.vjp(s, c.g[room], c.xn, c.r, c.spare)
+                    g_gamma, g_beta = layer.norm.vjp(s, c.g[room], c.z, c.r, c.spare)
                     g_gamma, g_beta = g_gamma.view_as(c.gamma.W), g_beta.view_as(c.beta.W)
                     small += [Named(c.gamma, g_gamma, "gamma", number), Named(c.beta, g_beta, "", number)]
             g = c.g[room]
@@ -396,7 +395,10 @@ class Stack:
             return
         for one in chunk.first:
             x = xs[one.order].expand(one.number, *xs[one.order].shape)
-            if mu is None:
+            if self.layers[0].picture:  # of so long a sum the transpose takes two thirds of the time
+                G = torch.bmm(x.mT, one.g[room].mT).mT
+                torch.add(G, one.V, alpha=mu, out=one.V) if mu is not None else one.G.copy_(G)
+            elif mu is None:
                 torch.bmm(one.g[room], x, out=one.G)
             else:
                 torch.baddbmm(one.V, one.g[room], x, beta=mu, out=one.V)
@@ -467,7 +469,7 @@ class Stack:
             _, N, M = layer.W.W.shape
             columns = batch * layer.columns
             of_width = (N, columns, N * columns)
-            z = room("z" if layer.norm else ("z", number), *of_width[:2], top * batch if layer.norm else N * columns)
+            z = room(("z", number), *of_width)
             u = room(("u", number), *of_width) if layer.norm else z
             a = room(("a", number), *of_width) if apart and number < self.L - 1 else u
             out = room(("out", number), *of_width) if layer.scale is not None else a
@@ -499,7 +501,6 @@ class Stack:
                     gamma=layer.gamma.of(members) if layer.gamma else None,
                     beta=layer.beta.of(members) if layer.beta else None,
                     z=z,
-                    xn=room(("xn", number), *of_width) if layer.norm else z,
                     u=u,
                     a=a,
                     out=out,
