@@ -21,7 +21,7 @@ follows, on what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -227,23 +227,31 @@ class Stack:
             self.update.begin()
         if meter:
             meter.begin(xs, self.orders)
-        columns, rows = self._laid_out(xs)
+        parts: dict[int, Sequence[Tensor]] = {}  # of each order what the first weights are multiplied by, ...
+        rows: dict[int, Tensor] = {}  # ... and its transpose, which their gradient reads
+        held: dict[int, int] = {}
+        if self.layers[0].picture is None:
+            parts, rows = {i: [x.t().contiguous()] for i, x in enumerate(xs)}, dict(enumerate(xs))
         targets = torch.stack(list(ys)).unsqueeze(1)
         for chunk in plan:
-            self._forward(chunk, columns, meter, training)
+            if self.layers[0].picture:
+                for slot, one in enumerate(chunk.first):
+                    read = self._patches(xs[one.order], slot, held.get(slot) == one.order)
+                    parts[one.order], rows[one.order] = read.chunk(self.layers[0].picture.pool ** 2, 1), read.t()
+                    held[slot] = one.order
+            self._forward(chunk, parts, meter, training)
             self._loss(chunk, targets)
             self._backward(chunk, rows, meter, training)
 
-    def _laid_out(self, xs: Sequence[Tensor]) -> tuple[list[Sequence[Tensor]], Sequence[Tensor]]:
-        """What the first weights are multiplied by, in parts, and its transpose: the batches, or their patches."""
-        picture = self.layers[0].picture
-        if picture is None:
-            return [[x.t().contiguous()] for x in xs], xs
-        read, places = self.layers[0].W.W.shape[2], self.layers[0].columns
-        columns = [patches(x, picture, self._room(("patches", i), read, len(x) * places)) for i, x in enumerate(xs)]
-        return [one.chunk(picture.pool**2, 1) for one in columns], [one.t() for one in columns]
+    def _patches(self, x: Tensor, slot: int, known: bool) -> Tensor:
+        """What the places of the first convolution read; a slot is one of those that a chunk needs at once."""
+        layer = self.layers[0]
+        out = self._room(("patches", slot), layer.W.W.shape[2], len(x) * layer.columns)
+        return out if known or layer.picture is None else patches(x, layer.picture, out)
 
-    def _forward(self, chunk: _Chunk, columns: Sequence[Sequence[Tensor]], meter: Meter | None, training: bool) -> None:
+    def _forward(
+        self, chunk: _Chunk, parts: Mapping[int, Sequence[Tensor]], meter: Meter | None, training: bool
+    ) -> None:
         s, below = chunk.members, chunk.layers[0]
         for number, (c, layer) in enumerate(zip(chunk.layers, self.layers, strict=True)):
             if number and c.conv:
@@ -252,7 +260,7 @@ class Stack:
                 torch.bmm(c.W.W, below.out, out=c.z)
             else:
                 for one in chunk.first:
-                    for x, z in zip(columns[one.order], one.z, strict=True):
+                    for x, z in zip(parts[one.order], one.z, strict=True):
                         torch.bmm(one.W, x.expand(one.number, *x.shape), out=z)
             c.z.add_(c.b.W)
             if meter:
@@ -291,7 +299,7 @@ class Stack:
         if c.turn is not None:
             g.mul_(c.turn)
 
-    def _backward(self, chunk: _Chunk, xs: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
+    def _backward(self, chunk: _Chunk, rows: Mapping[int, Tensor], meter: Meter | None, training: bool) -> None:
         s, room = chunk.members, 0
         held: list[Named] = []  # gradients that wait for the norm of all of them
         for number in range(self.L - 1, -1, -1):
@@ -328,7 +336,7 @@ class Stack:
                 self._onward(chunk, number, g, g_out, room, meter)
             if training:
                 small.append(Named(c.b, g.sum(2, keepdim=True), "", number))
-                held += self._learn(chunk, number, held_room, xs, small, meter)
+                held += self._learn(chunk, number, held_room, rows, small, meter)
         if held:
             self._clip(held, chunk, meter)
 
@@ -350,7 +358,7 @@ class Stack:
     # ---- the update ----------------------------------------------------------------------------------
 
     def _learn(
-        self, chunk: _Chunk, number: int, room: int, xs: Sequence[Tensor], small: list[Named], meter: Meter | None
+        self, chunk: _Chunk, number: int, room: int, rows: Mapping[int, Tensor], small: list[Named], meter: Meter | None
     ) -> list[Named]:
         """Update a layer; or return its gradients, where all of them must be known before any is used."""
         c, optimizer = chunk.layers[number], self.update.optimizer
@@ -358,12 +366,12 @@ class Stack:
         if meter:
             meter.distinct_rows(number, chunk.members, c.W.W)
         if meter or not optimizer.accumulates:
-            self._product(chunk, number, room, xs, None)
+            self._product(chunk, number, room, rows, None)
         if meter:
             for one in named:
                 meter.before(one, chunk.members)
         if optimizer.accumulates:
-            self._product(chunk, number, room, xs, optimizer.momentum)
+            self._product(chunk, number, room, rows, optimizer.momentum)
             self.update.descend(c.W, c.rate)
             for one in small:
                 self.update.accumulate(one.p, one.G, c.rate)
@@ -380,7 +388,7 @@ class Stack:
                 meter.after(one, chunk.members)
         return []
 
-    def _product(self, chunk: _Chunk, number: int, room: int, xs: Sequence[Tensor], mu: float | None) -> None:
+    def _product(self, chunk: _Chunk, number: int, room: int, rows: Mapping[int, Tensor], mu: float | None) -> None:
         """V = mu V + g a^T; without mu G = g a^T."""
         c = chunk.layers[number]
         if number and c.conv:
@@ -394,7 +402,7 @@ class Stack:
                 torch.baddbmm(c.W.states[0], c.g[room], aT, beta=mu, out=c.W.states[0])
             return
         for one in chunk.first:
-            x = xs[one.order].expand(one.number, *xs[one.order].shape)
+            x = rows[one.order].expand(one.number, *rows[one.order].shape)
             if self.layers[0].picture:  # of so long a sum the transpose takes two thirds of the time
                 G = torch.bmm(x.mT, one.g[room].mT).mT
                 torch.add(G, one.V, alpha=mu, out=one.V) if mu is not None else one.G.copy_(G)
