@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench remedies zoo docs screenshots clean
+.PHONY: demo test check bench rules remedies zoo docs screenshots clean
 demo: .venv
 	$(BIN)/bpdiag experiment=vanishing
 
@@ -18,6 +18,11 @@ check: .venv
 bench: .venv
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/judging.py
+	$(BIN)/python benchmarks/viewing.py
+
+# Every rule beside torch's own: docs/rules.md.
+rules: .venv
+	$(BIN)/python benchmarks/rules.py
 
 # Whether what is recommended keeps its promise: docs/remedies.md; an hour of one core.
 remedies: .venv

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import bpdiag
 from bpdiag import commands
@@ -26,13 +26,14 @@ HELP = """bpdiag: see where your gradient dies, and why.
   bpdiag [KEY=VALUE ...]           train MNIST, watch every layer, say where the gradient died and why
   bpdiag -m KEY=VALUE,VALUE ...    every combination, one table at the end
   bpdiag experiment=NAME           a whole question with its grid: {experiments}
-  bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained  [--json]
-  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--json] [--fail-on harm]
+  bpdiag predict [KEY=VALUE ...]   what theory expects of such a run, before it is trained
+  bpdiag diagnose RUN ...          judge stored runs again, without torch  [--fail-on harm]
   bpdiag diagnose RUN --cure       and try remedies on copies, for up to remedy.seconds
   bpdiag report RUN ... -o FILE    one page that opens offline: map, profile, findings, chain, comparison
   bpdiag plot RUN ... -o FILE      the profile as a picture: .svg, .png or .pdf  [--step N]
+  bpdiag plot [RUN] --chain        the product that a layer's gradient is, as a picture  [--layer NAME]
   bpdiag diff RUN RUN              what differs between two runs, and where their numbers part
-  bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named  [--json]
+  bpdiag chain [KEY=VALUE ...]     the chain rule on scalars, every factor named
   bpdiag chain --run RUN --layer NAME [--step N]    the same product, measured in a trained net
 
   bpdiag model.activation=sigmoid model.depth=10
@@ -41,6 +42,7 @@ HELP = """bpdiag: see where your gradient dies, and why.
 Keys and their defaults:
 {keys}
 
+Of all of them:
   --json    what came of it as JSON, on standard output
   --quiet   nothing but errors
 
@@ -105,9 +107,12 @@ def _guarded(arguments: list[str]) -> int:
 
 def _diagnose(arguments: list[str]) -> int:
     """``bpdiag diagnose RUN ...``: judge stored traces again."""
-    parser = commands.Parser(prog="bpdiag diagnose", description="Judge stored runs again, without torch.")
+    parser = commands.Parser(
+        prog="bpdiag diagnose",
+        description="Judge stored runs again, without torch.",
+        as_json="findings as JSON, one object a run",
+    )
     parser.add_argument("run", nargs="+", help="a run folder, or a folder of run folders")
-    parser.add_argument("--json", action="store_true", help="findings as JSON, one object a run")
     parser.add_argument("--cure", action="store_true", help="try remedies on copies and add them to findings.json")
     parser.add_argument("--fail-on", metavar="SEVERITY", help="exit with 1 if a run has a finding: harm, warning")
     told = parser.parse_args(arguments)
@@ -127,7 +132,7 @@ def _diagnose(arguments: list[str]) -> int:
         except TraceError as error:  # one that cannot be read stops no other
             refused.append(str(error))
     cures = _cure_stored(judged) if told.cure else {}
-    if told.json and judged:
+    if told.tells == "json" and judged:
         found = [
             {
                 "run": str(run),
@@ -138,6 +143,8 @@ def _diagnose(arguments: list[str]) -> int:
             for run, trace, f in judged
         ]
         print(json.dumps(plain(found), indent=1, ensure_ascii=False))
+    elif told.tells == "quiet":
+        pass
     elif len(judged) == 1:
         run, trace, findings = judged[0]
         terminal.report(trace, findings, run, terminal.console())
@@ -181,7 +188,6 @@ def _chain(arguments: list[str]) -> int:
     parser.add_argument("--run", help="a run folder: measured factors in the place of scalars")
     parser.add_argument("--layer", metavar="NAME", help="of that run: the layer whose dC/dW is told")
     parser.add_argument("--step", type=int, metavar="N", help="of that run: a sampled step; else the last")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)
     if told.run is None and (told.layer is not None or told.step is not None):
         raise UsageError("--layer and --step are of a run: bpdiag chain --run RUN --layer NAME [--step N]")
@@ -196,12 +202,7 @@ def _chain(arguments: list[str]) -> int:
 
         product = bridge.weight_gradient(Trace.load(told.run), told.layer, told.step)
         as_text, as_data = partial(bridge.render, product), partial(bridge.to_data, product)
-    if told.json:
-        from bpdiag.trace import plain
-
-        print(json.dumps(plain(as_data()), indent=1, ensure_ascii=False))
-    else:
-        print(as_text())
+    commands.tell(told.tells, as_data, lambda: print(as_text()))
     return 0
 
 
@@ -209,7 +210,6 @@ def _predict(arguments: list[str]) -> int:
     """``bpdiag predict KEY=VALUE ...``: what theory expects of a run, untrained."""
     parser = commands.Parser(prog="bpdiag predict", description="What theory expects of a run, untrained.")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as of a run: bpdiag --help has them")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
     told = parser.parse_intermixed_args(arguments)
     config = _composed(told.words)
 
@@ -220,12 +220,8 @@ def _predict(arguments: list[str]) -> int:
     check_names(config)
     trace = predict(config)
     findings = diagnosis.diagnose(trace)
-    if told.json:
-        from bpdiag.trace import plain
-
-        print(json.dumps(plain({**diagnosis.summarize(trace, findings), "findings": findings}), indent=1))
-    else:
-        terminal.forecast(trace, findings, terminal.console())
+    as_data = {**diagnosis.summarize(trace, findings), "findings": findings}
+    commands.tell(told.tells, lambda: as_data, lambda: terminal.forecast(trace, findings, terminal.console()))
     return 0
 
 
@@ -246,7 +242,7 @@ def _train(arguments: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from bpdiag.launcher import TELLS, JobsFailedError
+    from bpdiag.launcher import TELLS, JobsFailedError, close_pool
 
     flags = [word for word in arguments if word in ("--json", "--quiet")]
     arguments = [word for word in arguments if word not in flags]
@@ -279,6 +275,8 @@ def _train(arguments: list[str]) -> int:
         except Exception:
             traceback.print_exc()
             return 1
+        finally:
+            close_pool()
     return 0
 
 
@@ -295,12 +293,10 @@ def _refusals() -> tuple[type[Exception], ...]:
 def _hydra_in_words() -> Iterator[None]:
     """Hydra knows our schema inside; what it refuses is told as a UsageError."""
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
-    from bpdiag.launcher import job_folder
+    from bpdiag.launcher import register_resolvers
 
-    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-    OmegaConf.register_new_resolver("run_name", lambda experiment, data: experiment or data, replace=True)
+    register_resolvers()
     ConfigStore.instance().store(name="schema", node=Config, provider="bpdiag")
     try:
         yield
@@ -316,11 +312,13 @@ def _composed(overrides: list[str]) -> Config:
     """
     from hydra import compose, initialize_config_dir
 
+    from bpdiag.composing import configured
+
     with _hydra_in_words(), initialize_config_dir(str(conf()), version_base="1.3", job_name="bpdiag"):
         swept = [o.input_line for o in _understood(overrides, None) if o.is_sweep_override()]
         if swept:
             raise UsageError(f"{swept[0]}: one value at a time")
-        return _config(compose("config", overrides))
+        return configured(compose("config", overrides))
 
 
 def _understood(overrides: list[str], config_dir: str | None) -> list[Any]:
@@ -350,27 +348,28 @@ def _as_argv(arguments: list[str]) -> Iterator[None]:
 
 
 def _job(composed: Any) -> Any:
-    """One job of Hydra's: train, and say what came of it."""
+    """One job of Hydra's: train, and say what came of it.  (Those of a sweep are trained by ``launcher``.)"""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from bpdiag import terminal
-    from bpdiag.launcher import TELLS
-    from bpdiag.results import Outcome
+    from bpdiag.composing import configured
+    from bpdiag.job import cured, outcome_of
+    from bpdiag.launcher import TELLS, of_a_sweep
     from bpdiag.training import train
 
-    config, folder = _config(composed), Path(HydraConfig.get().runtime.output_dir)
-    several = HydraConfig.get().mode is RunMode.MULTIRUN
-    if several and not any(word.startswith("remedy.") for word in HydraConfig.get().overrides.task):
-        config.remedy.steps = 0  # each sick job would take twice as long
+    config, folder = configured(composed), Path(HydraConfig.get().runtime.output_dir)
+    several = HydraConfig.get().mode is RunMode.MULTIRUN  # with another launcher than ours
+    if several:
+        config = of_a_sweep(config, HydraConfig.get().overrides.task)
     if several or TELLS.get() == "quiet":
         result = train(config, folder)
-        cure = _cure(result)
+        cure = cured(result)
     elif TELLS.get() == "json":
         from bpdiag.trace import plain
 
         result = train(config, folder)
-        cure = _cure(result)
+        cure = cured(result)
         told = {"run": str(_relative(folder)), "metrics": result.metrics, "findings": result.findings}
         told |= cure.to_dict() if cure else {}
         print(json.dumps(plain(told), indent=1, ensure_ascii=False))
@@ -388,35 +387,13 @@ def _job(composed: Any) -> Any:
         terminal.report(result.trace, result.findings, _relative(folder), out)
         terminal.metrics(result.metrics, out)
         with terminal.trying(out) as trying:
-            cure = _cure(result, trying)
+            cure = cured(result, trying)
         terminal.cure(cure, out)
-    if cure is not None and cure.interrupted:
-        raise KeyboardInterrupt
-    return Outcome.of(result.trace, result.findings, result.metrics, flat(config))
-
-
-def _cure(result: Any, progress: Any = None) -> Any:
-    """Remedies for a run with findings, tried for no longer than it took, and kept; None where none are asked for."""
-    if not result.findings or not result.config.remedy.steps:
-        return None
-    from bpdiag.remedy import cure_run, keep
-
-    told = result.config, result.trace, result.findings, result.metrics
-    cure = cure_run(*told, no_dearer=True, progress=progress)
-    keep(cure, result.folder)
-    return cure
+    return outcome_of(result, cure)
 
 
 def _relative(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def _config(composed: Any) -> Config:
-    """A composed configuration as our dataclasses."""
-    from omegaconf import OmegaConf
-
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), own)))  # its schema says so
 
 
 def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None:
@@ -427,8 +404,13 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
     """
     from hydra import compose, initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.types import RunMode
+
+    from bpdiag import job, launcher
+    from bpdiag.composing import Composer, configured
+    from bpdiag.results import require
 
     if config_dir is not None and not says_yes(Path(config_dir).is_dir):
         raise UsageError(f"--config-dir {config_dir}: no such folder; it holds your own experiment/NAME.yaml")
@@ -453,22 +435,23 @@ def _check(overrides: list[str], multirun: bool, config_dir: str | None) -> None
             params = [f"{key}={value}" for key, value in (base.hydra.sweeper.params or {}).items()]
             grid = OverridesParser.create().parse_overrides([*params, *overrides])
             extra = fixed[len(parsed) - len(swept) :]
-            jobs = [[*job, *extra] for job in BasicSweeper.split_arguments(grid, None)[0]]
-            twice = next((job for i, job in enumerate(jobs) if job in jobs[:i]), None)
+            jobs = [[*words, *extra] for words in BasicSweeper.split_arguments(grid, None)[0]]
+            twice = next((words for i, words in enumerate(jobs) if words in jobs[:i]), None)
             if twice:
                 raise UsageError(f"{' '.join(twice)}: asked for twice in one sweep")
         else:
             jobs = [fixed]  # another sweeper decides as it goes
-        from bpdiag.results import require
-        from bpdiag.training import check
-
-        require(_config(base).expect)
-        for job in jobs:
-            try:
-                check(_config(compose("config", job, return_hydra_config=True)))
-            except UsageError as error:
-                where = f" (job {' '.join(job)})" if len(jobs) > 1 else ""
-                raise UsageError(f"{error}{where}") from error
+        require(configured(base).expect)
+        refused = job.refused
+        if several and base.hydra.launcher._target_ == launcher.StackConfig._target_:
+            launcher.check(base.hydra.launcher)
+            refused = partial(launcher.pool(base.hydra.launcher).ask, refused)  # they begin while we compose
+        loader = Composer(GlobalHydra.instance().config_loader())
+        own = [[word for word in words if not word.lstrip("+~").startswith("hydra")] for words in jobs]
+        configs = [configured(loader.load_sweep_config(base, words) if several else base) for words in own]
+        if bad := refused(configs):
+            number, why = bad
+            raise UsageError(f"{why} (job {' '.join(jobs[number])})" if len(jobs) > 1 else why)
 
 
 def _parsed(parser: Any, word: str) -> Any:

@@ -42,10 +42,13 @@ class ModelConfig:
     """The network."""
 
     name: str = option(
-        "mlp", "mlp: layers of equal width; cnn: two convolutions with pools, then layers of equal width"
+        "mlp",
+        "mlp: layers of equal width; cnn: two convolutions with pools, then layers of equal width; rnn, lstm, gru: "
+        "recurrent layers that read a picture step by step",
     )
     depth: int = option(5, "weight layers")
     width: int = option(128, "units per hidden layer, of a cnn per linear one")
+    sequence: str = option("rows", "what a recurrent net reads at each time step: rows, or pixels")
     activation: str = option("relu", "relu, tanh, sigmoid, gelu, silu, elu, ...: the table bpdiag.rules.ACTIVATIONS")
     weight_variance: str = option("he", "sigma_w^2 = Var W fan_in: a number, or he, lecun, glorot, torch, orthogonal")
     bias_variance: str = option("preset", "Var b: a number, or a preset's: 1/(3 fan_in) for torch, else 0")
@@ -96,7 +99,9 @@ class WatchConfig:
 
     every: int = option(10, "steps between two measurements; 1: every step")
     histograms: bool = option(False, "of every layer's output, weights and gradients, in TensorBoard")
-    pictures: bool = option(True, "test pictures with predictions and the confusion matrix, in TensorBoard")
+    pictures: bool = option(
+        True, "test pictures with predictions and the confusion matrix, in TensorBoard; of a sweep where asked for"
+    )
 
 
 @dataclass

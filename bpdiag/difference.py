@@ -41,6 +41,12 @@ class Difference:
     parting: Parting | None
     common_steps: int  # sampled in both
 
+    def __str__(self) -> str:
+        asked = [f"{key}: {one} against {other}" for key, (one, other) in self.asked.items()]
+        same = f"no number parts in {self.common_steps} sampled steps"
+        told = f"the numbers part at {self.parting}" if self.parting else same
+        return "\n".join([*asked, *filter(None, [self.layers]), told])
+
 
 def compare(a: Trace, b: Trace) -> Difference:
     """What was asked differently, and where the numbers part: the first step, then execution order, bit for bit.

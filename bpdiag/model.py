@@ -2,6 +2,7 @@
 
     z_l = W_l a_{l-1} + b_l,   a_l = phi(z_l),   l = 1..depth;   a_0 is the input, z_depth the logits.
 
+Recurrent (rnn, lstm, gru): layers read a picture row by row or pixel by pixel, h_t = cell(x_t, h_{t-1}).
 Normalized: z_l = norm(W_l a_{l-1} + b_l).  Residual: a_l = a_{l-1} + branch_scale phi(z_l), from layer 2 on, where both
 are of one width; such a layer is a block.  The last layer, the head, is plain in every network.
 
@@ -10,8 +11,10 @@ With ``model.backward=autograd`` the same network, from the same seed, is built 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,13 +22,14 @@ from torch.nn.utils import skip_init
 
 from bpdiag.config import ModelConfig, UsageError, choose
 from bpdiag.initialization import BIAS_PRESETS, INITIALIZERS, initialize, number
-from bpdiag.modules import BACKWARDS, Residual
+from bpdiag.modules import BACKWARDS, Residual, Unrolled
 from bpdiag.rules import ACTIVATIONS
 
 RESIDUALS = ("none", "identity")
 NORMALIZATIONS = ("preset", "none", "layer", "batch")
 PER_BLOCK = "1/sqrt(blocks)"
 LEAST_DEPTH = 3  # of a residual net: first layer, a block, head; of a convolutional one: two convolutions, head
+LEAST_RECURRENT = 2  # of a recurrent net: a layer, the head
 CHANNELS, PADDING, KERNEL, POOL = (16, 32), (2, 0), 5, 2  # of the two convolutions, and of the pool above each
 
 
@@ -55,6 +59,18 @@ class Layers:
     def linear(self, n_in: int, n_out: int) -> None:
         """A new layer:  W a + b."""
         self.begin("linear", skip_init(self.kit.linear, n_in, n_out))
+
+    def cell(self, n_in: int, n_out: int) -> None:
+        """A new recurrent layer."""
+        kind: Any = self.kit.cell[self.config.name]
+        cell = skip_init(kind, n_in, n_out)
+        gates = len(cell.weight_ih) // n_out
+        with torch.no_grad():
+            for W, b in ((cell.weight_ih, cell.bias_ih), (cell.weight_hh, cell.bias_hh)):
+                for gate in zip(W.chunk(gates), b.chunk(gates), strict=True):
+                    initialize(*gate, self.config, self.generator)
+        self.made.append({})
+        self.add("cell", cell)
 
     def activate(self, *shape: int) -> None:
         """On with it:  phi(norm(z)), z of this shape for one sample."""
@@ -136,7 +152,25 @@ def cnn(config: ModelConfig, shape: tuple[int, ...], n_out: int, seed: int) -> n
     return _in_a_row({"unflatten": nn.Unflatten(1, shape)}, *layers.made)
 
 
-MODELS = {"mlp": mlp, "cnn": cnn}
+def recurrent(config: ModelConfig, shape: tuple[int, ...], n_out: int, seed: int) -> nn.Sequential:
+    """cell1, cell2, ..., the head: depth - 1 recurrent layers read a picture step by step, the head the last state.
+
+    Weights are drawn as of tanh layers, each gate's on its own.  Takes flat rows of numbers, as the data are.
+    """
+    layers = Layers(dataclasses.replace(config, activation="tanh"), seed)
+    channels, _, width = shape if len(shape) == 3 else (1, 1, math.prod(shape))
+    n_in = channels * width if config.sequence == "rows" else channels
+    for _ in range(1, config.depth):
+        layers.cell(n_in, config.width)
+        n_in = config.width
+    layers.linear(n_in, n_out)
+    modules = OrderedDict((name, module) for layer in layers.made for name, module in layer.items())
+    return Unrolled(modules, shape if len(shape) == 3 else (1, 1, width), config.sequence)
+
+
+RECURRENT = ("rnn", "lstm", "gru")
+SEQUENCES = ("rows", "pixels")
+MODELS = {"mlp": mlp, "cnn": cnn, **dict.fromkeys(RECURRENT, recurrent)}
 
 
 def _in_a_row(*layers: dict[str, nn.Module]) -> nn.Sequential:
@@ -157,11 +191,21 @@ def check(config: ModelConfig) -> None:
     scale = number("model.branch_scale", config.branch_scale, [PER_BLOCK])
     choose("model.normalization", config.normalization, NORMALIZATIONS)
     choose("model.backward", config.backward, BACKWARDS)
+    choose("model.sequence", config.sequence, SEQUENCES)
     residual = config.residual == "identity"
     if residual and config.name != "mlp":
         raise UsageError(f"model.residual=identity: of model.name=mlp only, here it is {config.name}: leave one out")
     if not residual and scale != 1:
         raise UsageError(f"model.branch_scale={config.branch_scale}: no branch to scale; add model.residual=identity")
+    if config.name in RECURRENT:
+        if config.normalization not in ("preset", "none"):
+            told = f"model.normalization={config.normalization}"
+            raise UsageError(f"{told}: of model.name=mlp and cnn only, here it is {config.name}: leave one out")
+        if config.depth < LEAST_RECURRENT:
+            raise UsageError(f"model.depth={config.depth}: too few for model.name={config.name}; must be 2 or more")
+    elif config.sequence != SEQUENCES[0]:
+        told = ", ".join(RECURRENT)
+        raise UsageError(f"model.sequence={config.sequence}: of model.name={told} only, here it is {config.name}")
     if (residual or config.name == "cnn") and config.depth < LEAST_DEPTH:
         what = "model.residual=identity" if residual else "model.name=cnn"
         raise UsageError(f"model.depth={config.depth}: too few for {what}; must be {LEAST_DEPTH} or more")

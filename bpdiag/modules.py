@@ -6,9 +6,11 @@ whoever knows torch's module (``eval()``, hooks, ``isinstance``, a checkpoint) k
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +99,67 @@ class Flatten(nn.Flatten):
         return RULES["flatten"].apply(x, self.start_dim, self.end_dim)
 
 
+def _stepped(cell: nn.RNNCellBase, rule: str, x: Tensor, state: tuple[Tensor, ...] | None) -> Tensor:
+    """One time step of a rule of ``rules.recurrent``; from a state of zeros unless it is given."""
+    of: Any = RULES[rule]
+    states = state or (x.new_zeros(len(x), cell.hidden_size),) * of.states
+    y = of.apply(x.unsqueeze(0), *states, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+    return y.squeeze(-3)
+
+
+class RNNCell(nn.RNNCell):
+    """h' = tanh(x W^T + b + h U^T + c) by our rule."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """(B, I) and the state (B, H) -> the next state."""
+        return _stepped(self, "rnn", input, None if hx is None else (hx,))
+
+
+class LSTMCell(nn.LSTMCell):
+    """s' = f s + i k,  h' = o tanh s' by our rule."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """(B, I) and (state, cell), each (B, H) -> the next of both."""
+        h, s = _stepped(self, "lstm", input, hx).unbind(0)
+        return h, s
+
+
+class GRUCell(nn.GRUCell):
+    """h' = (1 - z) n + z h by our rule."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """(B, I) and the state (B, H) -> the next state."""
+        return _stepped(self, "gru", input, None if hx is None else (hx,))
+
+
+class Unrolled(nn.Sequential):
+    """h_t = cell(x_t, h_{t-1}) for every step of a sequence, then the head of the last state: one call a time step.
+
+    Each cell reads the state of the one below; the last child is the head.  So a recorder sees every time step, as a
+    call of its own.  ``shape``: (channels, height, width) of a sample; ``sequence``: rows, or pixels row by row.
+    """
+
+    def __init__(self, children: OrderedDict[str, nn.Module], shape: tuple[int, ...], sequence: str) -> None:
+        super().__init__(children)
+        self.shape, self.sequence = shape, sequence
+
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C H W) -> (B, C W) for each row, or (B, C) for each pixel."""
+        places = x.view(len(x), *self.shape).movedim(1, -1)
+        steps = places.flatten(2) if self.sequence == "rows" else places.flatten(1, 2)
+        return steps.unbind(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C H W) -> (B, N_out)."""
+        *cells, head = self
+        states: list[Any] = [None] * len(cells)
+        for read in self.read(x):
+            for k, cell in enumerate(cells):
+                states[k] = cell(read, states[k])
+                read = states[k][0] if isinstance(states[k], tuple) else states[k]
+        return head(read)
+
+
 class Nonlinearity(nn.Module):
     """a = phi(z) by a rule of ``rules.activation``; what it learns is a parameter, named as torch names it."""
 
@@ -173,6 +236,7 @@ class Kit:
     flatten: type[nn.Flatten]
     activation: Callable[[type[Activation]], nn.Module]
     sum: Callable[[float], nn.Module]
+    cell: dict[str, type[nn.RNNCellBase]]
 
 
 def _torchs(rule: type[Activation]) -> nn.Module:
@@ -181,7 +245,15 @@ def _torchs(rule: type[Activation]) -> nn.Module:
 
 BACKWARDS = {
     "handwritten": Kit(
-        Linear, Conv2d, LayerNorm, {1: BatchNorm1d, 3: BatchNorm2d}, MaxPool2d, Flatten, Nonlinearity, Sum
+        Linear,
+        Conv2d,
+        LayerNorm,
+        {1: BatchNorm1d, 3: BatchNorm2d},
+        MaxPool2d,
+        Flatten,
+        Nonlinearity,
+        Sum,
+        {"rnn": RNNCell, "lstm": LSTMCell, "gru": GRUCell},
     ),
     "autograd": Kit(
         nn.Linear,
@@ -192,5 +264,6 @@ BACKWARDS = {
         nn.Flatten,
         _torchs,
         partial(Sum, by_hand=False),
+        {"rnn": nn.RNNCell, "lstm": nn.LSTMCell, "gru": nn.GRUCell},
     ),
 }

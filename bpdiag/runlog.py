@@ -80,7 +80,7 @@ class RunLog:
         if self.board is not None and self.folder is not None:
             findings = self.findings()
             diagnosis.write(self._final, findings, self.folder)
-            views.keep(self.folder)
+            views.keep(self.folder, len(self._final.sampled_steps))
             self.board.add_text("findings", diagnosis.as_markdown(findings), self.steps)
             self._tell_settings(findings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -209,6 +210,13 @@ class Watch:
     def last_loss(self) -> float:
         """The loss of the last sampled step that has ended; nan before the first.  Costs no further host read."""
         return self._running().last_loss
+
+    @property
+    def last_decades(self) -> float:
+        """log10 of the share of the output's gradient that reached the lowest layer, in the last sample; nan: none."""
+        told = self._running().last_sample
+        weighty = [values for _, index, values in told.rows if told.layers[index].is_weight_layer] if told else []
+        return float(next((values["decades"] for values in weighty if "decades" in values), math.nan))
 
     @property
     def steps(self) -> int:

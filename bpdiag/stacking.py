@@ -116,9 +116,10 @@ def _check_memory(configs: Sequence[Config], dataset: data.Dataset, where: torch
     else:
         return
     if each * len(configs) > free:
+        needed, there = each * len(configs) / 1e9, free / 1e9
         raise UsageError(
-            f"a stack of {len(configs)} networks needs {each * len(configs) / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-            f"free: {max(free // each, 0)} fit"
+            f"a stack of {len(configs)} networks needs {needed:.1f} GB of memory, {there:.1f} GB are free: "
+            f"{max(free // each, 0)} fit"
         )
 
 

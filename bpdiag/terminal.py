@@ -21,13 +21,13 @@ import numpy as np
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from bpdiag import diagnosis
 from bpdiag.diagnosis import Finding, Profile
-from bpdiag.diagnosis.finding import percent, real
+from bpdiag.diagnosis.finding import percent, power, real
 from bpdiag.results import Checked, Outcome, Row
 from bpdiag.trace import Trace
 
@@ -288,12 +288,15 @@ def brief(run: Path, trace: Trace, findings: Sequence[Finding], out: Console) ->
     out.print(Padding(findings_text(findings, diagnosis.summarize(trace, findings)), (0, 0, 1, 0)))
 
 
+MOST_LOOKS = 24  # lines of the look before training
+
+
 class Grid:
     """A sweep as it goes: one line per job, then one table; seeds of one cell become a mean and a spread."""
 
     def __init__(self, keys: Sequence[str], jobs: int, folder: Path) -> None:
         self.keys, self.jobs, self.folder = list(keys), jobs, folder
-        self.rows: list[Row] = []
+        self.told = 0
         self.out, self.err = console(), console(stderr=True)
 
     def begin(self) -> None:
@@ -301,45 +304,68 @@ class Grid:
         names = ", ".join(_short(key) for key in self.keys)
         self.out.print(f"{self.jobs} jobs" + (f" over {names}" if names else "") + f" -> {escape(str(self.folder))}")
 
+    def look(self, rows: Sequence[tuple[str, float | None, float]]) -> None:
+        """Before training: job, decades of the first layer as predicted (None: no theory covers it) and as measured."""
+        shown = sorted(rows, key=lambda row: -abs(row[2]) if math.isfinite(row[2]) else -math.inf)[:MOST_LOOKS]
+        of = f", the {len(shown)} furthest from 0 of {len(rows)}" if len(shown) < len(rows) else ""
+        self.out.print(f"a look before training: decades of the first layer{of}", style="italic")
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("job", no_wrap=True)
+        for heading in ("predicted", "measured"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, predicted, measured in shown if of else rows:
+            expected = "–" if predicted is None else _number(predicted, 1)
+            table.add_row(escape(name), expected, _number(measured, 1))
+        self.out.print(table)
+        self.out.print()
+
+    def lost(self, jobs: int, how: str) -> None:
+        """A process was killed while it trained so many jobs, which are tried again."""
+        again = "its job is tried again" if jobs == 1 else f"its {jobs} jobs are tried again in halves"
+        self.err.print(Text(f"a process {how}; {again}", style="bold yellow"), soft_wrap=True)
+
     def job(self, row: Row, seconds: float) -> None:
         """A job ended, or failed: said at once."""
-        self.rows.append(row)
-        count = f"{len(self.rows):>{len(str(self.jobs))}}/{self.jobs}  "
+        self.told += 1
+        count = f"{self.told:>{len(str(self.jobs))}}/{self.jobs}  "
         if row.outcome is None:
-            self.err.print(Text(f"{count}{self._name(row)}  FAILED: {row.error}", style="bold red"), soft_wrap=True)
+            self.err.print(Text(f"{count}{self.name(row)}  FAILED: {row.error}", style="bold red"), soft_wrap=True)
             return
         verdict = row.outcome.verdict
-        line = Text(f"{count}{self._name(row):<18}  accuracy {100 * row.outcome.test_accuracy:5.1f} %  ")
+        line = Text(f"{count}{self.name(row):<18}  accuracy {100 * row.outcome.test_accuracy:5.1f} %  ")
         line.append(f"{GLYPHS[verdict]} {row.outcome.told}", style=STYLES[verdict])
         line.append(f"  {seconds:.1f} s", style="dim")
         self.out.print(line)
 
-    def end(self, seconds: float, checked: Sequence[Checked] = (), page: Path | None = None) -> None:
-        """The table of all that ended, what was expected of it, the failures again, and where to look; a page last."""
-        failed = [row for row in self.rows if row.outcome is None]
-        if len(failed) < len(self.rows):
+    def end(
+        self, rows: Sequence[Row], seconds: float, checked: Sequence[Checked] = (), page: Path | None = None
+    ) -> None:
+        """The table of what ended, in the order of the jobs, what was expected, the failures again, where to look."""
+        failed = [row for row in rows if row.outcome is None]
+        if len(failed) < len(rows):
             self.out.print()
-            self.out.print(self._table())
-        if checked and self.rows:
+            self.out.print(self._table(rows))
+        if checked and rows:
             self.out.print("\nexpected")
-        for one in checked if self.rows else ():
+        for one in checked if rows else ():
             mark, style = HELD[one.holds]
             self.out.print(Text(f"  {mark}: {one}", style=style))
         for row in failed:
-            told = f"failed: {self._name(row)}: {row.error}\n        see {row.folder}/error.log"
+            told = f"failed: {self.name(row)}: {row.error}\n        see {row.folder}/error.log"
             self.err.print(Text(told, style="red"), soft_wrap=True)
-        self.out.print(f"\n{len(self.rows)} of {self.jobs} jobs in {seconds:.0f} s, {len(failed)} failed")
+        self.out.print(f"\n{len(rows)} of {self.jobs} jobs in {seconds:.0f} s, {len(failed)} failed")
         where_to_look(self.folder, self.out)
         if page is not None:
             self.out.print(Text(f"open it      {page}"), soft_wrap=True)
 
-    def _name(self, row: Row) -> str:
+    def name(self, row: Row) -> str:
+        """A job's own values, of the keys that differ."""
         return " ".join(row.overrides.get(key, "") for key in self.keys)
 
-    def _table(self) -> Table:
+    def _table(self, rows: Sequence[Row]) -> Table:
         keys = [key for key in self.keys if key != "seed"]
         cells: dict[tuple[str, ...], list[Outcome]] = {}
-        for row in self.rows:
+        for row in rows:
             if row.outcome is not None:
                 cells.setdefault(tuple(row.overrides.get(key, "") for key in keys), []).append(row.outcome)
         seeds = max(map(len, cells.values()))
@@ -407,12 +433,30 @@ def _spread(values: Sequence[float], digits: int, unit: str = "") -> str:
 
 
 @contextmanager
-def progress(out: Console) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar with loss and time to go while a run trains; nothing where the output is no terminal."""
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-        task = bar.add_task("training", total=None)
-        yield lambda step, total, loss: bar.update(task, total=total, completed=step, description=f"loss {loss:.3f}")
+def progress(out: Console) -> Iterator[Callable[[int, int, float, float, float], None]]:
+    """While a run trains: a bar, its loss, how many are right, what reaches the first layer, the time to go.
+
+    Nothing where the output is no terminal; a narrow one gets fewer of them, never half a number.
+    """
+    words = "[progress.description]{task.description}"
+    bar = [BarColumn(20)] if out.width >= 90 else []
+    columns: tuple[str | ProgressColumn, ...] = (
+        words,
+        *bar,
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        "to go",
+    )
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as shown:
+        task = shown.add_task("training", total=None)
+
+        def tell(step: int, planned: int, loss: float, right: float, decades: float) -> None:
+            arrives = "–" if math.isnan(decades) else power(decades)
+            told = f"loss {loss:.3f}  right {percent(right)}"
+            told += f"  first layer gets {arrives}" if out.width >= 70 else ""
+            shown.update(task, total=planned, completed=step, description=told)
+
+        yield tell
 
 
 def metrics(told: dict[str, Any], out: Console) -> None:

@@ -247,11 +247,13 @@ class Trace:
             layers = [_layer(line) for line in meta.pop("layers")] if schema == SCHEMA else []
         if schema != SCHEMA:
             raise TraceError(f"{here}: schema {schema}; this version reads schema {SCHEMA}")
-        for path in files or [None]:
+        nothing = cls(ROWS.empty_table(), every, layers, gaps, meta)
+        if not files:
+            yield nothing
+        for path in files:
             with _damage_told(here):
-                table = tables.read(path, KEYS, columns) if path else ROWS.empty_table()
-            lacking -= table.num_rows
-            part = cls(table, every, layers, gaps, meta)
+                part = dataclasses.replace(nothing, table=tables.read(path, KEYS, columns))
+            lacking -= part.table.num_rows
             yield part if steps is None else part.only(steps)
         if lacking > 0:
             raise TraceError(f"{here}: damaged: a part-NNNNN.parquet is gone or was cut short")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from bpdiag import data, diagnosis, model, prediction
+from bpdiag import data, diagnosis, figure, model, prediction
 from bpdiag.config import (
     Config,
     DataConfig,
@@ -42,6 +42,7 @@ from bpdiag.session import Watch, watch
 from bpdiag.trace import Trace, write_json
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Progress = Callable[[int, int, float, float, float], None]
 ORDER = 0x6F72646572  # the order of the data draws from its own stream: the seed plus this
 
 
@@ -168,9 +169,14 @@ class Begun:
         """Indices of each batch, in the run's own order."""
         return batches(config, len(self.dataset.train), planned, self.where)
 
+    def outputs(self, rows: Tensor) -> Tensor:
+        """Of the net on these samples."""
+        out: Tensor = self.net(self.dataset.train.x[rows])
+        return out
+
     def loss(self, rows: Tensor) -> Tensor:
         """Of the net on these samples."""
-        return self.criterion(self.net(self.dataset.train.x[rows]), self.dataset.train.y[rows])
+        return self.criterion(self.outputs(rows), self.dataset.train.y[rows])
 
     def descend(self, config: Config, loss: Tensor) -> None:
         """One step: gradient cleared, backward, clipped; warming up, at (n + 1)/warmup of the rate in step n."""
@@ -249,7 +255,9 @@ def confusion(told: Tensor, right: Tensor, classes: int) -> Tensor:
 
 
 def _show(log: Watch | RunLog, out: Tensor, dataset: data.Dataset, counts: Tensor) -> None:
-    """Test pictures with their predictions, and the confusion matrix, in TensorBoard."""
+    """The gradient profile, test pictures with their predictions, and the confusion matrix, in TensorBoard."""
+    if len((trace := log.trace).sampled_steps):
+        log.image("profile", figure.png({"gradient profile": trace}))
     images = dataset.test.x.mul(dataset.std).add_(dataset.mean).view(-1, *dataset.shape)
     shown, sure, right = (t.cpu().numpy() for t in (images, out.softmax(1), dataset.test.y))
     log.image("test/samples", pictures.samples(shown, sure, right, dataset.names))
@@ -259,7 +267,7 @@ def _show(log: Watch | RunLog, out: Tensor, dataset: data.Dataset, counts: Tenso
 def train(
     config: Config,
     folder: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Train what ``config`` describes, watch every layer, judge.
 
@@ -270,7 +278,8 @@ def train(
         config: one run, whole.
         folder: where the run folder is written: trace, event file, findings.json, summary.json, metrics.json,
             model.pt; nothing is written without it.
-        progress: called at every sampled step with (step, steps planned, loss).
+        progress: called at every sampled step with (step, steps planned, loss, share of the batch that is right,
+            log10 of the share of the output's gradient that reaches the first layer).
 
     Raises:
         UsageError: ``config`` cannot be used.
@@ -287,7 +296,7 @@ def train(
         return _train(config, Path(folder) if folder is not None else None, progress)
 
 
-def _train(config: Config, folder: Path | None, progress: Callable[[int, int, float], None] | None) -> Result:
+def _train(config: Config, folder: Path | None, progress: Progress | None) -> Result:
     start, work = time.perf_counter(), time.process_time()
     begun = begin(config)
     dataset, net, optimizer = begun.dataset, begun.net, begun.optimizer
@@ -308,14 +317,16 @@ def _train(config: Config, folder: Path | None, progress: Callable[[int, int, fl
         first_step = time.process_time()
         try:
             for rows in begun.rows(config, planned):
-                begun.descend(config, watching.loss(begun.loss(rows)))
+                out, right = begun.outputs(rows), dataset.train.y[rows]
+                begun.descend(config, watching.loss(begun.criterion(out, right)))
                 step = watching.steps
                 if (step - 1) % config.watch.every == 0:
                     if not math.isfinite(watching.last_loss):
                         metrics["stopped"] = f"the loss was not finite at step {step - 1}"
                         break
                     if progress:
-                        progress(step, planned, watching.last_loss)
+                        share = float((out.argmax(1) == right).float().mean())
+                        progress(step, planned, watching.last_loss, share, watching.last_decades)
                 if step % per_epoch == 0 or step == config.remedy.steps:
                     reached = metrics["validation_accuracy_at"][str(step)] = accuracy(net, dataset.validation)
                     watching.scalars({"accuracy/validation": reached}, step)

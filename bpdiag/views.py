@@ -5,6 +5,7 @@
     series[name]    C sampled steps x L weight layers, layer 1 (input side) first; log10 where ``SERIES`` says so
     peaks[name]     the same of what a map draws, where C < S: of each span the number farthest from 1 (of a share
                     or an update the largest), so that nothing that happened between two columns is skipped
+    series.around   C x E: what each of the E ways around layers (``around``) carries, log10
 
 S sampled steps are drawn in C columns; a column's ``series`` are those of one step of its span, the one in which the
 gradient of the first layer that has one was farthest from the output's, so that the factors of a step still multiply.
@@ -20,7 +21,11 @@ import math
 import os
 import re
 import time
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ CODES = {"missing": -32768, "NaN": -32767, "-Infinity": -32766, "Infinity": 3276
 FULL = 32_000  # the integer of a block's largest number
 STILL_RUNNING = 120.0  # seconds since a trace without a summary last grew
 MOST_GAPS = 2_000
+MOST_WAYS = 200
 KEPT = "view.json"  # beside a long trace
 # name: (column of the trace, log10 of it, whose row)
 SERIES: dict[str, tuple[str, bool, str]] = {
@@ -53,7 +59,8 @@ SERIES: dict[str, tuple[str, bool, str]] = {
     "g_z_norm": ("g_z_norm", True, "own"),
 }
 # what is read of the steps drawn: also the ledger's
-DRAWN = [*(column for column, _, _ in SERIES.values()), "W_rms", "slope_rms", "g_a_norm", "z_norm", "a_norm", "x_norm"]
+DRAWN = [column for column, _, _ in SERIES.values()]
+DRAWN += ["W_rms", "slope_rms", "g_a_norm", "z_norm", "a_norm", "x_norm", "edge_gain"]
 Block = tuple[np.ndarray, np.ndarray]  # (S, L) numbers and whether they are there
 Blocks = dict[str, Block]
 OWNERS = ("weights", "slopes", "alignment", "other")  # of the ledger: decades of the step above a layer
@@ -94,6 +101,11 @@ def stamp(run: Path) -> float:
     """When anything of the run was last written: of an unchanged one nothing is read again."""
     files = ("trace", "trace/meta.json", "summary.json", "findings.json", "metrics.json")
     return max((_modified(run / name) for name in files), default=0.0)
+
+
+def has_ended(run: Path) -> bool:
+    """Whether it was judged, which is the last that a run does."""
+    return (run / "summary.json").is_file()
 
 
 def _modified(path: Path) -> float:
@@ -181,6 +193,8 @@ def drawn(run: Path, columns: int = COLUMNS) -> dict[str, Any]:
     lines = trace.weight_layers()
     series = {key: _series(trace, lines, *SERIES[key]) for key in SERIES} | _ledger(trace, lines)
     series["entering"] = _entering(trace, lines)
+    ways = _ways_around(trace, lines)
+    series["around"] = _carried(trace, ways)
     return plain(
         {
             "schema": SCHEMA,
@@ -188,6 +202,7 @@ def drawn(run: Path, columns: int = COLUMNS) -> dict[str, Any]:
             "columns": columns,
             "planned": diagnosis.profile(trace).planned,
             "layers": [_layer(trace, i, lines) for i in lines],
+            "around": [way.rows for way in ways],
             "steps": trace.sampled_steps.tolist(),
             "sampled": sampled,
             "spans": spans,
@@ -201,11 +216,14 @@ def drawn(run: Path, columns: int = COLUMNS) -> dict[str, Any]:
     )
 
 
-def keep(run: Path) -> None:
-    """Of a long run what is drawn of its trace, beside the trace: read in an instant when it is opened."""
-    told = drawn(run)
-    if told["spans"]:
-        write_json(run / "trace" / KEPT, told)
+def keep(run: Path, sampled: int) -> None:
+    """Of a long run what is drawn of its trace, beside the trace: read in an instant when it is opened.
+
+    Where it cannot be written nothing is lost: the trace is read instead.
+    """
+    if sampled > COLUMNS:
+        with suppress(OSError):
+            write_json(run / "trace" / KEPT, drawn(run))
 
 
 def _kept(run: Path, columns: int) -> dict[str, Any] | None:
@@ -261,7 +279,7 @@ def _series(trace: Trace, lines: list[int], column: str, log: bool, whose: str) 
     """(S, L) numbers of the weight layers and whether they were measured."""
     values, there = trace.column(column)
     if whose == "activation":  # on its own row where it is a module: the first on the way up that tells it
-        known = there.any(0)
+        known = np.any(there, axis=0).tolist()
         told = [next((j for j in (i, *trace.layers[i].via) if known[j]), i) for i in lines]
     else:
         told = lines
@@ -288,6 +306,43 @@ def _entering(trace: Trace, lines: list[int]) -> Block:
     values, there = (np.stack(side, 1) for side in zip(*told, strict=True))
     with np.errstate(all="ignore"):
         return np.log10(values), there
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way around weight layers, as a residual block's skip: from where it forks to where it meets them again."""
+
+    rows: tuple[int, int]  # between which weight layers: above the first (-1: below all), up to and with the second
+    edge: tuple[int, int]  # its first edge above the fork: what reads there, the fork
+
+
+def _ways_around(trace: Trace, lines: list[int]) -> list[Way]:
+    """Of each place where ways meet all but the longest, where they miss a weight layer."""
+    readers = Counter(parent for layer in trace.layers for parent in layer.parents)
+    found = []
+    for meeting, layer in enumerate(trace.layers):
+        ways = []
+        for parent in layer.parents if len(layer.parents) > 1 else ():
+            reader, at, passed = meeting, parent, 0
+            while readers[at] == 1 and len(trace.layers[at].parents) == 1:
+                passed += trace.layers[at].is_weight_layer
+                reader, at = at, trace.layers[at].parents[0]
+            if readers[at] > 1:
+                ways.append((passed, at, reader))
+        for passed, fork, reader in sorted(ways)[:-1]:
+            low, high = (bisect_right(lines, place) - 1 for place in (fork, meeting))
+            if high - low > passed:
+                found.append(Way((low, high), (reader, fork)))
+    return found[:MOST_WAYS]
+
+
+def _carried(trace: Trace, ways: list[Way]) -> Block:
+    """(S, E) log10 of what each way carries of the cotangent that arrives where the ways meet."""
+    told = [trace.edges(at) if ways else {} for at in range(len(trace.sampled_steps))]
+    values = np.array([[gains.get(way.edge, np.nan) for way in ways] for gains in told], float)
+    values = values.reshape(len(told), len(ways))
+    with np.errstate(all="ignore"):
+        return np.log10(values), ~np.isnan(values)
 
 
 def _starts(sampled: int, columns: int) -> np.ndarray:
@@ -357,7 +412,7 @@ def _layer(trace: Trace, i: int, lines: list[int]) -> dict[str, Any]:
     top = bridge.climb(trace, i)[-1]
     return {
         "key": layer.key,
-        "name": layer.short or layer.kind,
+        "name": layer.title if layer.name else layer.kind,
         "kind": layer.kind,
         "fan_in": layer.fan_in,
         "units": layer.units,

@@ -171,7 +171,12 @@ def leaves(inputs, needs=None):
 
 
 def every_need(inputs):
-    return itertools.product((True, False), repeat=len(floats(inputs)))
+    """Of many inputs none, all, each alone and all but each."""
+    n = len(floats(inputs))
+    if n <= 4:
+        return list(itertools.product((True, False), repeat=n))
+    alone = [tuple(i == k for i in range(n)) for k in range(n)]
+    return [(True,) * n, *alone, *[tuple(not a for a in one) for one in alone], (False,) * n]
 
 
 def cotangent_of(out, seed=7):
@@ -352,6 +357,16 @@ def keeps_no_more_than_torch(case):
             ours, theirs = (kept_bytes(f, leaves(tensors, needs)) for f in (one.ours, one.theirs))
             short_cut = case.rule.name == "batch_norm" and not tensors[0].numel()  # torch's, of an empty batch
             assert ours <= theirs or short_cut, told(one, tensors)(f"{ours} bytes, torch {theirs}; {needs}")
+
+
+def keeps_what_entered(case):
+    """And the output, and not a byte more: where what torch keeps depends on the kernel it picks, or grows inside."""
+    for one, tensors in [(case, case.inputs(0)), *map(case.example, EXAMPLES)]:
+        of = (*tensors, *one.settings.values(), one.ours(*tensors))
+        entered = sum(t.nbytes for t in of if isinstance(t, torch.Tensor))
+        for needs in every_need(tensors):
+            ours = kept_bytes(one.ours, leaves(tensors, needs))
+            assert ours <= entered, told(one, tensors)(f"{ours} bytes, {entered} entered; {needs}")
 
 
 def vmap_equals_a_loop(case):

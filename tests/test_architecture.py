@@ -26,6 +26,8 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "meanfield": ({"rules"}, {"torch", "numpy"}),
     # subjects
     "modules": ({"rules"}, {"torch"}),
+    "functional": ({"rules"}, {"torch"}),
+    "swapping": ({"rules", "functional"}, {"torch"}),
     "initialization": ({"rules"}, {"torch"}),
     "model": ({"rules", "modules", "initialization"}, {"torch"}),
     "data": (set(), {"numpy", "torch", "torchvision", "PIL"}),
@@ -38,7 +40,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     # showing
     "views": ({"diagnosis", "bridge"}, {"numpy"}),
     "dashboard": ({"views"}, {"tensorboard", "werkzeug", "numpy", "matplotlib"}),
-    "figure": ({"tables", "diagnosis"}, {"numpy", "matplotlib"}),
+    "figure": ({"tables", "diagnosis", "bridge", "chain", "lesson"}, {"numpy", "matplotlib"}),
     "report": ({"tables", "views", "dashboard", "__init__"}, set()),
     "lesson": ({"chain"}, set()),
     "bridge": ({"lesson"}, {"numpy"}),
@@ -53,7 +55,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "session": ({"hooks", "runlog", "terminal", "__init__"}, {"torch"}),
     "trial": ({"session", "diagnosis"}, {"torch"}),
     "training": (
-        {"session", "runlog", "prediction", "model", "data", "rules", "diagnosis", "dashboard"},
+        {"session", "runlog", "prediction", "model", "data", "rules", "diagnosis", "dashboard", "figure"},
         {"torch", "numpy", "PIL"},
     ),
     "stacking": (
@@ -65,12 +67,19 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "commands": ({"views", "report", "figure", "difference"}, set()),
-    "launcher": ({"results", "terminal", "report"}, {"hydra", "omegaconf"}),
+    "engines": (set(), {"ray", "submitit"}),
+    "dealing": (set(), set()),
+    "job": ({"stacking", "training", "remedy", "results", "engines"}, {"torch"}),
+    "preloaded": ({"data", "stacking"}, {"torch", "matplotlib", "pandas"}),
+    "composing": (set(), {"hydra", "omegaconf"}),
+    "launcher": ({"composing", "job", "dealing", "engines", "results", "terminal", "report"}, {"hydra", "omegaconf"}),
     "__main__": (
         {
             "training",
             "remedy",
             "prediction",
+            "job",
+            "composing",
             "launcher",
             "results",
             "terminal",
@@ -87,9 +96,9 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
 STOREYS = [
     ["sketch", "tables"],
     ["config", "trace", "__init__"],
-    ["chain", "rules", "statistics"],
-    ["modules", "initialization", "meanfield"],
-    ["model", "data"],
+    ["chain", "rules", "statistics", "engines", "dealing", "composing"],
+    ["modules", "functional", "initialization", "meanfield"],
+    ["model", "swapping", "data"],
     ["hooks", "backprop"],
     ["diagnosis", "difference"],
     ["results", "lesson"],
@@ -102,10 +111,20 @@ STOREYS = [
     ["session", "prediction"],
     ["training", "trial"],
     ["remedy", "stacking"],
+    ["job", "preloaded"],
     ["launcher"],
     ["__main__", "hydra_plugins"],
 ]
-TABLES = {"RULES", "ACTIVATIONS", "STATISTICS", "DIAGNOSES", "INITIALIZERS", "OPTIMIZERS", "COMMANDS"}
+TABLES = {
+    "RULES",
+    "ACTIVATIONS",
+    "FUNCTIONS",
+    "STATISTICS",
+    "DIAGNOSES",
+    "INITIALIZERS",
+    "OPTIMIZERS",
+    "COMMANDS",
+}
 
 
 def module_of(path: Path) -> str:
@@ -216,7 +235,7 @@ def test_these_cost_no_torch(statement):
 
 def test_only_the_command_line_and_the_launcher_know_hydra():
     knowing = {m for m, (_, foreign) in CONTRACT.items() if "hydra" in foreign}
-    assert knowing == {"launcher", "__main__", "hydra_plugins"}
+    assert knowing == {"composing", "launcher", "__main__", "hydra_plugins"}
 
 
 def test_the_public_names_load():

@@ -1,13 +1,10 @@
-"""The tab and the page in a real browser: Debian's chromium, driven by selenium; nothing is downloaded.
-
-Skipped where there is no browser.  BPDIAG_BROWSER=required makes that an error: so CI proves that it did not skip.
-BPDIAG_SCREENSHOTS=FOLDER keeps a picture of each view there: make screenshots.
-"""
+"""The tab and the page in a real browser (``browsing``): skipped where there is none, an error in CI."""
 
 from __future__ import annotations
 
 import base64
 import csv
+import math
 import os
 import re
 import shutil
@@ -16,9 +13,9 @@ import sys
 import tarfile
 import time
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
+from browsing import REQUIRED, Browser, keep, missing, tensorboard
 from run_folders import HOSTILE, renamed, sick, write_run
 from typed import net
 
@@ -26,137 +23,13 @@ from bpdiag import report
 from bpdiag.config import Config, ModelConfig, OptimizerConfig, TrainingConfig, WatchConfig
 from bpdiag.training import train
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-REQUIRED = os.environ.get("BPDIAG_BROWSER") == "required"
 VIEWS = ("findings", "map", "profile", "chain", "compare")
-TENSORBOARD = """
-import sys
-from tensorboard import default, program
-from bpdiag.dashboard.plugin import GradientFlow
-board = program.TensorBoard([*default.get_static_plugins(), GradientFlow])
-board.configure(argv=[None, "--logdir", sys.argv[1], "--port", "0"])
-print(board.launch(), flush=True)
-sys.stdin.read()
-"""
-
-
-def _missing() -> str:
-    """What the machine lacks for these tests; empty for nothing."""
-    try:
-        import selenium  # noqa: F401
-    except ImportError:
-        return "selenium is not installed"
-    lacking = [name for name, path in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if path is None]
-    return f"no {' and no '.join(lacking)} on this machine (Debian: apt-get install chromium-driver)" if lacking else ""
-
-
-if _missing() and REQUIRED:
-    raise RuntimeError(f"BPDIAG_BROWSER=required: {_missing()}")
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=f"no browser: {_missing()}")
+if missing() and REQUIRED:
+    raise RuntimeError(f"BPDIAG_BROWSER=required: {missing()}")
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no browser: {missing()}")
 
 
 # ---- a browser, runs, the page and the tab ------------------------------------------------------------------
-
-
-class Browser:
-    """A chromium, its console and its requests watched."""
-
-    def __init__(self, downloads: Path) -> None:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        for word in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars"):
-            options.add_argument(f"--{word}")
-        for word in ("background-networking", "component-update", "sync", "dev-shm-usage"):
-            options.add_argument(f"--disable-{word}")
-        self.driver = webdriver.Chrome(service=Service(DRIVER), options=options)
-        self.driver.execute_cdp_cmd(
-            "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}
-        )
-        self.downloads = downloads
-
-    def open(self, url: str, width: int = 1280, **state: object) -> None:
-        """A fresh page of that width, waited for."""
-        self.size(width)
-        self.driver.get("about:blank")
-        self.console()
-        self.driver.get(f"{url}#{'&'.join(f'{key}={value}' for key, value in state.items())}")
-        self.wait("main h1")
-
-    def size(self, width: int, height: int = 900) -> None:
-        told = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", told)
-
-    def js(self, script: str, *arguments: object) -> object:
-        return self.driver.execute_script(script, *arguments)
-
-    def one(self, query: str) -> object:
-        return self.driver.find_element("css selector", query)
-
-    def all(self, query: str) -> list:
-        return self.driver.find_elements("css selector", query)
-
-    def text(self, query: str) -> str:
-        return " ".join(self.one(query).text.split())
-
-    def wait(self, query: str, holds=lambda element: True, seconds: float = 60.0) -> object:
-        """The first element that the query finds and that holds, as soon as there is one."""
-        from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
-
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                element = self.one(query)
-                if holds(element):
-                    return element
-            except (NoSuchElementException, StaleElementReferenceException):
-                pass
-            assert time.monotonic() < end, f"{query}: not there in {seconds} s; the page says {self.text('body')[:300]}"
-            time.sleep(0.05)
-
-    def press(self, *keys: str) -> None:
-        from selenium.webdriver.common.keys import Keys
-
-        for key in keys:
-            self.driver.switch_to.active_element.send_keys(getattr(Keys, key, key))
-
-    def point(self, query: str, x: float, y: float, click: bool = False) -> None:
-        """The mouse at (x, y) pixels from the upper left of the element."""
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        self.js("arguments[0].scrollIntoView({block: 'center'})", self.one(query))
-        box = self.js("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top]", self.one(query))
-        actions = ActionChains(self.driver)
-        actions.w3c_actions.pointer_action.move_to_location(round(box[0] + x), round(box[1] + y))
-        if click:
-            actions.click()
-        actions.perform()
-
-    def console(self) -> list[str]:
-        """What the console said that is no mere warning, since last asked."""
-        return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
-
-    def requests(self) -> list[str]:
-        """The addresses asked for since last asked."""
-        found = re.findall(r'"Network\.requestWillBeSent".*?"request":\{.*?"url":"([^"]*)"', str(self._performance()))
-        return [url for url in found if not url.startswith("about:")]
-
-    def _performance(self) -> str:
-        return "\n".join(line["message"] for line in self.driver.get_log("performance"))
-
-    def downloaded(self, ending: str) -> str:
-        """The text of the file that comes, of that ending."""
-        end = time.monotonic() + 30
-        while not (there := [p for p in self.downloads.glob(f"*{ending}") if p.stat().st_size]):
-            assert time.monotonic() < end, f"no {ending} came"
-            time.sleep(0.05)
-        text = there[0].read_text()
-        there[0].unlink()
-        return text
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +57,7 @@ def runs(tmp_path_factory):
         trained("sweep/activation=sigmoid", activation="sigmoid", weight_variance="torch"),
         trained("sweep/activation=relu"),
         trained("sweep/activation=tanh", activation="tanh", weight_variance="1"),
+        trained("residual", activation="tanh", weight_variance="1", residual="identity"),
         trained("too-large-steps", lr=1.0, activation="tanh", weight_variance="1.5"),
     ]
     after = {"decades": -0.7, "loss": 0.25, "accuracy": 0.92}
@@ -204,13 +78,8 @@ def page(runs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def board(runs):
-    """TensorBoard's address."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", TENSORBOARD, str(runs[0])]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                          env=environment) as process:  # fmt: skip
-        yield process.stdout.readline().strip()
-        process.terminate()
+    with tensorboard(runs[0], "GradientFlow") as address:
+        yield address
 
 
 @pytest.fixture
@@ -225,21 +94,6 @@ def tab(browser, board):
     browser.wait("main h1", seconds=120)
     yield browser
     browser.driver.switch_to.default_content()
-
-
-def keep(browser, name):
-    """A picture of what is shown, where pictures are kept."""
-    folder = os.environ.get("BPDIAG_SCREENSHOTS")
-    if folder:
-        height = browser.js("return document.documentElement.scrollHeight")
-        browser.size(browser.js("return innerWidth"), min(height, 1250))
-        time.sleep(0.3)  # a redraw
-        path = Path(folder) / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        from PIL import Image
-
-        browser.driver.save_screenshot(str(path))
-        Image.open(path).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # ---- the page -----------------------------------------------------------------------------------------------
@@ -360,6 +214,65 @@ def test_keys_lead_through_the_views_and_the_layers(browser, page):
     assert browser.driver.switch_to.active_element.get_attribute("data-view") == "map"
 
 
+def extent(browser):
+    """How many layers and steps the map says that it shows."""
+    told = re.match(r"Map of (\d+) layers by (\d+) steps", browser.one(".grid").get_attribute("aria-label"))
+    return int(told[1]), int(told[2])
+
+
+def test_a_part_of_the_map_is_enlarged_by_dragging_and_shown_whole_again(browser, page):
+    browser.open(page, view="map", run="sweep/activation=sigmoid", step=0, layer=0)
+    assert extent(browser) == (20, 30)
+    left, width, height = rows_and_columns(browser)
+    row, column = height / 20, width / 30
+    browser.drag(".grid", (left + 5.5 * column, 2.5 * row), (left + 5.5 * column + 3, 2.5 * row))
+    assert extent(browser) == (20, 30)  # a click that shakes enlarges nothing
+    browser.drag(".grid", (left + 5.5 * column, 2.5 * row), (left + 14.5 * column, 8.5 * row))
+    browser.wait("[data-whole]")
+    assert extent(browser) == (7, 10)
+    assert browser.text(".zoomed").startswith("steps 20 to 56, linear12 to linear18")
+    left, width, height = rows_and_columns(browser)
+    browser.point(".grid", left + 2, 2)  # the first column, the topmost row of what is shown
+    assert browser.text(".read .head").startswith("Step 20, linear18 ")
+    assert browser.console() == []
+    keep(browser, "map-enlarged")
+    browser.one("[data-save=csv]").click()
+    assert len(browser.downloaded(".csv").splitlines()) == 1 + 7 * 10
+    browser.one("[data-whole]").click()
+    browser.wait(".grid", lambda e: extent(browser) == (20, 30))
+
+
+def test_a_part_of_the_map_is_enlarged_with_keys(browser, page):
+    browser.open(page, view="map", run="sweep/activation=sigmoid", step=8, layer=3)
+    browser.js("document.querySelector('.grid').focus()")
+    browser.press(("SHIFT", "ARROW_RIGHT"), ("SHIFT", "ARROW_RIGHT"), ("SHIFT", "ARROW_UP"))
+    assert "brushed step 8 linear4 to step 16 linear5" in browser.js(
+        "return document.querySelector('[aria-live]').textContent"
+    )
+    browser.press("ENTER")
+    browser.wait("[data-whole]")
+    assert extent(browser) == (2, 3)
+    browser.press("ARROW_LEFT", "ARROW_LEFT", "ARROW_LEFT", "ARROW_DOWN", "ARROW_DOWN")
+    assert browser.text(".read .head").startswith("Step 8, linear4 ")  # arrows stay in what is shown
+    browser.press("ESCAPE")
+    browser.wait(".grid", lambda e: extent(browser) == (20, 30))
+    assert browser.js("return document.activeElement.matches('.grid')")
+    browser.press("ENTER")
+    browser.wait(".waterfall")
+
+
+@pytest.mark.parametrize("view", ["map", "profile"])
+def test_a_skip_is_drawn_as_a_way_around_its_block(browser, page, view):
+    browser.open(page, view=view, run="residual", layer=4)
+    told = [e.get_attribute("textContent") for e in browser.all("main svg path title")]
+    assert told, "no arc is drawn"
+    assert all(re.fullmatch(r"a way around 1 layer, carries × 1", one) for one in told)
+    assert "a way around it × 1" in browser.text(".read")
+    keep(browser, f"residual-{view}")
+    browser.open(page, view=view, run="sweep/activation=relu")  # the twin: a plain stack has none
+    assert browser.all("main svg path title") == []
+
+
 def test_the_loss_curve_is_a_slider(browser, page):
     browser.open(page, view="profile", run="sweep/activation=tanh", step=0)
     slider = browser.one(".time input")
@@ -426,6 +339,18 @@ def test_the_grid_takes_other_keys(browser, page):
     assert browser.console() == []
 
 
+def test_a_run_that_told_no_settings_has_its_place_in_the_grid(browser, tmp_path):
+    told = [write_run(tmp_path / name, sick(4), activation=name) for name in ("tanh", "relu")]
+    sick(4).save(tmp_path / "watched")
+    browser.open(report.write_html([*told, tmp_path / "watched"], tmp_path / "page.html").as_uri(), view="compare")
+    assert [row.text for row in browser.all(".cells .row")] == [
+        "activation relu",
+        "activation tanh",
+        "activation not told",
+    ]
+    assert len(browser.all(".cells .cell svg")) == 3
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_what_is_shown_can_be_had(browser, page, view):
     browser.open(page, view=view, run="sweep/activation=sigmoid")
@@ -452,13 +377,14 @@ def test_hostile_names_do_not_run(browser, page, view):
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory):
     """The rules of accessibility as a script: axe-core, of npm, for this test only."""
+    lacking = pytest.fail if REQUIRED else pytest.skip
     if shutil.which("npm") is None:
-        pytest.skip("npm is not installed: no axe-core")
+        lacking("npm is not installed: no axe-core (Debian: apt-get install npm)")
     here = tmp_path_factory.mktemp("axe")
     command = ["npm", "pack", "--silent", "axe-core@4.14.1"]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
-        pytest.skip(f"npm did not give axe-core: {done.stderr.strip()[-200:]}")
+        lacking(f"npm did not give axe-core: {done.stderr.strip()[-200:]}")
     with tarfile.open(next(here.glob("*.tgz"))) as archive:
         return archive.extractfile("package/axe.min.js").read().decode()
 
@@ -467,6 +393,15 @@ AXE = """
 const done = arguments[0], told = (v) => `${v.id}, ${v.impact}: ${v.nodes.map((n) => n.html).slice(0, 3)}`;
 axe.run().then((r) => done(r.violations.filter((v) => ["serious", "critical"].includes(v.impact)).map(told)));
 """
+
+
+def test_a_run_that_explodes_opens_on_its_last_finite_step(browser, tmp_path):
+    def grows(step):
+        return math.inf if step >= 50 else 1.4
+
+    run = write_run(tmp_path / "explodes", net(6, sig=grows, steps=range(0, 100, 10)))
+    browser.open(report.write_html([run], tmp_path / "page.html").as_uri(), view="profile")
+    assert browser.text(".read .head").startswith("Step 40, ")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -485,6 +420,24 @@ def test_axe_can_find_something(browser, axe, tmp_path):
     browser.open((tmp_path / "bad.html").as_uri())
     browser.js(axe)
     assert browser.driver.execute_async_script(AXE)
+
+
+def test_where_it_is_required_a_test_that_cannot_run_fails(tmp_path):
+    """Of a machine without npm, whose browser tests would lack their rules of accessibility."""
+    for name in ("chromium", "chromedriver"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "axe_can_find"]
+    told = {}
+    for required in ("", "required"):
+        paths = {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = {**os.environ, **paths, "BPDIAG_BROWSER": required}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        told[required] = done.returncode, done.stdout
+    assert told[""][0] == 0
+    assert "1 skipped" in told[""][1]
+    assert told["required"][0] == 1
+    assert "npm is not installed" in told["required"][1]
+    assert "in the browser: 0 passed" in told["required"][1]
 
 
 def test_dark_is_dark(browser, page):
@@ -576,3 +529,33 @@ def test_the_tab_takes_up_a_run_that_begins(tab, runs):
     write_run(runs[0] / "begun-later", sick(4))
     tab.wait(".rail", lambda e: len(tab.all(".run")) == before + 1)
     assert "begun-later" in tab.text(".rail")
+
+
+# ---- TensorBoard without the tab ----------------------------------------------------------------------------
+
+
+def shadowed(browser, query):
+    """How many elements the query finds, also inside the shadows that TensorBoard is built of."""
+    script = """
+    const found = (root) => [...root.querySelectorAll("*")].reduce(
+      (n, e) => n + e.matches(arguments[0]) + (e.shadowRoot ? found(e.shadowRoot) : 0), 0);
+    return found(document);"""
+    return browser.js(script, query)
+
+
+def test_plain_tensorboard_has_the_same_run_in_few_charts(browser, runs):
+    """The custom scalars of the dying sigmoid: what one has without the tab."""
+    with tensorboard(runs[1][0]) as address:
+        browser.size(1280)
+        browser.driver.switch_to.default_content()
+        browser.driver.get("about:blank")
+        browser.console()
+        browser.driver.get(f"{address}#custom_scalars")
+        end = time.monotonic() + 120
+        while not shadowed(browser, "svg .line-plot path, canvas, vz-line-chart2"):
+            assert time.monotonic() < end, f"no chart; the page says {browser.text('body')[:300]}"
+            time.sleep(0.2)
+        assert "GRADIENT FLOW" not in browser.text("body").upper()
+        time.sleep(2)  # its lines fade in
+        assert browser.console() == []
+        keep(browser, "tensorboard-without")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_gradients_that_were_never_cleared_stay_uncleared_until_they_are_mended(
     subject = Subject(mlp, BATCHES, loss, sgd, 60)
     subject.clears = False
     kept = subject.start(None, 0)
-    clear = snippets.candidates(kept.model, kept.optimizer, BATCHES[0], [finding("stale_gradient")])[0]
+    clear = snippets.candidates(kept.model, kept.optimizer, BATCHES[0], None, [finding("stale_gradient")])[0]
     mended = subject.start(clear, 0)
     norms = []
     for training in (kept, mended):
@@ -219,6 +220,117 @@ def test_norms_stand_behind_all_layers_but_the_last():
     assert net(torch.randn(2, 1, 4, 4)).shape == (2, 2)
 
 
+class Chain(nn.Module):
+    """A list of layers, of which one changes the width."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 4)])
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = layer(x).tanh()
+        return self.layers[-1](x)
+
+
+def test_a_residual_block_adds_its_share_to_what_comes_in():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 4)
+    )
+    a = net[1](net[0](X))
+    b = a + net[4](net[3](net[2](a))) / math.sqrt(2)
+    right = net[6](b + net[5](b) / math.sqrt(2))
+    count = len(list(net.parameters()))
+    surgery.residual(net)
+    assert torch.allclose(net(X), right, atol=1e-6)
+    assert len(list(net.parameters())) == count
+
+    chain = Chain()
+    x = X
+    for layer in chain.layers[:-1]:
+        x = (x + layer(x) / math.sqrt(2)).tanh()
+    right = chain.layers[-1](x)
+    surgery.residual(chain)
+    assert torch.allclose(chain(X), right, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "is_one"),
+    [
+        (nn.Conv2d(3, 3, 3, padding=1), True),
+        (nn.Conv2d(3, 3, 3, padding="same"), True),
+        (nn.Conv2d(3, 3, 3, padding=2, dilation=2), True),
+        (nn.Conv2d(3, 3, 3), False),
+        (nn.Conv2d(3, 3, 3, padding="valid"), False),
+        (nn.Conv2d(3, 3, 3, padding=1, stride=2), False),
+        (nn.Conv2d(3, 4, 1), False),
+        (nn.ConvTranspose2d(3, 3, 1), False),
+        (nn.Linear(6, 5), False),
+    ],
+)
+def test_what_changes_the_shape_is_no_block(layer, is_one):
+    net = nn.Sequential(layer)
+    assert len(list(surgery.blocks(net))) == is_one
+    if is_one:
+        assert net(torch.randn(2, 3, 6, 6)).shape == (2, 3, 6, 6)
+    else:
+        with pytest.raises(UsageError, match="no block of the model"):
+            surgery.residual(net)
+
+
+def test_a_gradient_passes_through_residual_blocks():
+    torch.manual_seed(0)
+    net, ratios = mlp(depth=12), []
+    for _ in range(2):
+        first, *_, last = torch.autograd.grad(loss(net, BATCHES[0]), list(net.parameters()))
+        ratios.append(float(first.norm() / last.norm()))
+        if len(ratios) == 1:
+            surgery.residual(net)
+    assert ratios[0] < 1e-5
+    assert ratios[1] > 0.1
+
+
+class Shares(nn.Module):
+    """Probabilities, from a softmax that is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(nn.ReLU, 3)
+
+    def forward(self, x):
+        return self.net(x).softmax(1)
+
+
+def test_the_logarithm_of_probabilities_is_what_cross_entropy_wants():
+    torch.manual_seed(0)
+    net = Shares()
+    subject = Subject(lambda: Shares(), BATCHES, loss, sgd, 60)
+    (log,) = [c for c in subject.candidates([finding("loss_interface")]) if "log" in c.name]
+    right = cross_entropy(net.net(BATCHES[0][0]), BATCHES[0][1]).detach()
+    assert abs(loss(net, BATCHES[0]).item() - right) > 0.01  # the softmax of a softmax
+    exec(log.change, {"model": net})
+    assert loss(net, BATCHES[0]).item() == pytest.approx(float(right), rel=1e-6)
+    with torch.no_grad():
+        net.net[-1].bias[0] = 500.0  # all other shares are 0
+    loss(net, BATCHES[0]).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    logits = Subject(lambda: mlp(nn.ReLU, 3), BATCHES, loss, sgd, 60).candidates([finding("loss_interface")])
+    assert not any("log" in c.name for c in logits)
+
+
+def test_a_slow_model_gets_fewer_steps_and_that_is_said(monkeypatch):
+    subject = Subject(mlp, BATCHES, loss, sgd, 200)
+    clock = itertools.count(step=0.1)  # of seconds: a step takes 0.1
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert subject.affordable(200, 80.0) == 100
+    assert subject.notes == ["100 steps a trial, not 200: one takes 0.1 s, and 80 s are there"]
+    assert subject.affordable(200, 1.0) == 50
+    subject.notes.clear()
+    assert subject.affordable(200, 1000.0) == 200
+    assert subject.notes == []
+
+
 class Everything(nn.Module):
     """Has whatever a candidate could change."""
 
@@ -226,9 +338,10 @@ class Everything(nn.Module):
         super().__init__()
         self.block = nn.TransformerEncoderLayer(20, 2, 16, dropout=0.1, batch_first=True)
         self.spare, self.bend, self.head, self.end = [nn.Linear(20, 20)], nn.Sigmoid(), nn.Linear(20, 4), nn.ReLU()
+        self.more = nn.Sequential(nn.Linear(20, 20), nn.Tanh())
 
     def forward(self, x):
-        return self.end(self.head(self.bend(self.block(x[:, None])[:, 0])))
+        return self.end(self.head(self.more(self.bend(self.block(x[:, None])[:, 0]))))
 
 
 def test_every_candidate_is_three_lines_or_fewer_and_runs():
@@ -237,8 +350,8 @@ def test_every_candidate_is_three_lines_or_fewer_and_runs():
 
     subject = Subject(Everything, BATCHES, loss, make_optimizer, 60)
     found = subject.candidates([finding(kind) for kind in candidate.GROUPS])
-    found += snippets.candidates(mlp().bfloat16(), sgd(mlp()), BATCHES[0], [finding("precision")])
-    assert {c.level for c in found} == set(candidate.LEVELS) - {"residual"}
+    found += snippets.candidates(mlp().bfloat16(), sgd(mlp()), BATCHES[0], None, [finding("precision")])
+    assert {c.level for c in found} == set(candidate.LEVELS)
     for c in [*found, *candidate.pairs(found[:3], found[-3:])]:
         assert len(c.change.splitlines()) <= 3, c
         training = subject.start(c, 0)
@@ -338,6 +451,10 @@ def strangers(model):
         ({"data": X}, r"this is one batch; write \[batch\]"),
         ({"loss": lambda model, batch: model(batch[0])}, "it must give one number that has a gradient"),
         ({"make_optimizer": lambda model: 3}, "make_optimizer gives a int"),
+        (
+            {"make": lambda: mlp().requires_grad_(False)},
+            "nothing to train: of its 16 parameters none asks for a gradient",
+        ),
         ({"make_optimizer": strangers}, "holds no parameter of the model that it is given"),
         ({"steps": 49}, "steps=49: too few"),
         ({"seconds": 0}, "seconds=0: no time to try anything"),

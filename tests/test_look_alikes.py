@@ -6,6 +6,9 @@ from test_findings import Case, X, adam, findings, fit, sgd, silent, told_apart
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bpdiag.config import Config, ModelConfig, TrainingConfig
+from bpdiag.training import train
+
 
 class Norms(nn.Module):
     """Three layers and what keeps the norm of a cotangent, linear or not."""
@@ -135,3 +138,11 @@ def test_guessing_says_what_was_not_seen():
     assert found.kind == "chance_level"
     assert "cell runs through time in one call" in found.why
     assert "Of 1 weight layers' calls" in found.why
+
+
+def test_units_that_die_of_a_signal_that_is_gone_are_no_fault_of_their_own():
+    """Where nothing comes through, biases alone move, and what they silence comes later."""
+    model = ModelConfig(depth=20, width=64, activation="relu", weight_variance="0.5")
+    result = train(Config(model=model, training=TrainingConfig(steps=160)))
+    assert [(f.kind, f.cause, f.onset_step) for f in result.findings] == [("vanishing", "weights", 0)]
+    assert result.trace.value("a_dead_fraction", 37, -1) > 0.5

@@ -74,30 +74,26 @@ def test_hydra_mode_run_runs_one():
     assert len(runs()) == 1
 
 
-def test_a_failing_job_is_told_at_once_and_stops_no_other(capsys, monkeypatch):
-    from bpdiag import training
-
-    whole = training.train
-
-    def fails_for_tanh(config, folder=None, progress=None):
-        if config.model.activation == "tanh":
-            raise MemoryError("no room")
-        return whole(config, folder, progress)
-
-    monkeypatch.setattr(training, "train", fails_for_tanh)
-    assert main(["-m", *QUICK, "model.activation=relu,tanh,sigmoid"]) == 1
+def test_a_failing_job_is_told_at_once_and_stops_no_other(capsys):
+    sick = Path("sweep") / "depth=3,width=8,steps=4,every=2,activation=tanh"
+    assert main([*QUICK, "seed=5", f"hydra.run.dir='{sick}'"]) == 0  # a run lies where one of the jobs would write
+    kept = {path: path.read_bytes() for path in (sick / "trace").iterdir()}
+    capsys.readouterr()
+    assert main(["-m", *QUICK, "model.activation=relu,tanh,sigmoid", "hydra.sweep.dir=sweep"]) == 1
     told = capsys.readouterr()
-    assert "2/3  tanh  FAILED: MemoryError: no room" in told.err
-    assert "3/3  sigmoid" in told.out
+    assert "/3  tanh  FAILED: TraceError: " in told.err
+    assert "already holds a run" in told.err
+    assert "/3  sigmoid" in told.out
     assert "Traceback" not in told.err
-    assert len(runs()) == 2
+    assert len(runs()) == 3
+    assert {path: path.read_bytes() for path in (sick / "trace").iterdir()} == kept
     (log,) = Path().rglob("error.log")
-    assert "activation=tanh" in log.parent.name
+    assert log.parent == sick
     assert "Traceback" in log.read_text()
     assert str(log) in told.err.replace(str(Path.cwd()) + "/", "")
-    table = pandas.read_csv(log.parent.parent / "results.csv")
+    table = pandas.read_csv("sweep/results.csv")
     assert list(table.status) == ["done", "failed", "done"]
-    assert table.error[1] == "MemoryError: no room"
+    assert table.error[1].startswith("TraceError: ")
 
 
 def test_a_sweep_as_tables_and_as_json(capsys):
@@ -192,6 +188,11 @@ BAD = [
     (["experiment=verdict", "--config-dir", "own"], "expect.equals=dead: unknown"),
     (["experiment=single", "--config-dir", "own"], "no 'mode: MULTIRUN'"),
     (["hydra.launcher.nonsuch=1"], "nonsuch"),
+    (["-m", "seed=0,1", "hydra.launcher.engine=slurm"], "hydra.launcher.engine=slurm: unknown; known: local, ray"),
+    (["-m", "seed=0,1", "hydra.launcher.engine=rya"], "did you mean 'ray'"),
+    (["-m", "seed=0,1", "hydra.launcher.processes=0"], "hydra.launcher.processes=0: must be 1 or more, or cores"),
+    (["-m", "seed=0,1", "hydra.launcher.processes=many"], "hydra.launcher.processes=many: must be"),
+    (["-m", "seed=0,1", "hydra.launcher.processes=1.5"], "hydra.launcher.processes=1.5: must be"),
     (["nonsense"], "unknown command"),
     (["diagnoze", "x"], "did you mean 'diagnose'"),
     (["diagnose", "nowhere"], "no such folder"),

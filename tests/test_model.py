@@ -10,6 +10,7 @@ from bpdiag import data
 from bpdiag.config import DataConfig, ModelConfig, UsageError
 from bpdiag.initialization import INITIALIZERS
 from bpdiag.model import build
+from bpdiag.modules import BACKWARDS
 from bpdiag.rules import ACTIVATIONS, RULES
 from bpdiag.session import watch
 
@@ -42,6 +43,10 @@ NETS = {
     "cnn_plain": {"name": "cnn", "normalization": "none"},
     "cnn_layer": {"name": "cnn", "normalization": "layer", "activation": "gelu"},
     "cnn_batch": {"name": "cnn", "normalization": "batch", "weight_variance": "orthogonal"},
+    "rnn": {"name": "rnn", "weight_variance": "torch"},
+    "lstm": {"name": "lstm", "weight_variance": "orthogonal", "depth": 2},
+    "gru": {"name": "gru", "weight_variance": "torch", "depth": 3},
+    "gru_pixels": {"name": "gru", "weight_variance": "torch", "depth": 2, "sequence": "pixels"},
 }
 PICTURE = (3, 13, 12)
 
@@ -114,6 +119,7 @@ def test_modules_are_named_by_what_they_are_and_their_layer():
     assert names(PICTURE, name="cnn", depth=3, normalization="none") == (
         "unflatten conv1 relu1 maxpool1 conv2 relu2 maxpool2 flatten2 linear3"
     )
+    assert names(PICTURE, name="lstm", depth=3) == "cell1 cell2 linear3"
 
 
 @pytest.mark.parametrize("backward", ["handwritten", "autograd"])
@@ -143,6 +149,11 @@ TOGETHER = [
     ({"branch_scale": "-1", "residual": "identity"}, "must be 0 or more", {"branch_scale": "1.0"}),
     ({"branch_scale": "1/blocks"}, r"known: 1/sqrt\(blocks\)", {"branch_scale": "1"}),
     ({"depth": 2, "residual": "identity"}, "must be 3 or more", {"depth": 3, "residual": "identity"}),
+    ({"name": "rnn", "residual": "identity"}, "model.residual=identity: of model.name=mlp only", {"name": "rnn"}),
+    ({"name": "gru", "normalization": "layer"}, "of model.name=mlp and cnn only, here it is gru", {"name": "gru"}),
+    ({"name": "lstm", "depth": 1}, "too few for model.name=lstm; must be 2", {"name": "lstm", "depth": 2}),
+    ({"sequence": "pixels"}, "model.sequence=pixels: of model.name=rnn, lstm, gru only", {"name": "rnn"}),
+    ({"name": "rnn", "sequence": "words"}, "known: rows, pixels", {"name": "rnn", "sequence": "pixels"}),
     ({"depth": 2, "name": "cnn"}, "too few for model.name=cnn; must be 3", {"depth": 3, "name": "cnn"}),
 ]
 
@@ -314,3 +325,44 @@ def test_one_layer_is_a_linear_classifier():
 def test_an_unknown_name_is_refused_with_what_is_known(option):
     with pytest.raises(UsageError, match=rf"model\.{option}=nonsuch: unknown; .*known: "):
         build(ModelConfig(**{option: "nonsuch"}), 6, 3, seed=0)
+
+
+@pytest.mark.parametrize(("sequence", "steps", "numbers"), [("rows", 13, 36), ("pixels", 156, 3)])
+def test_a_picture_is_read_row_by_row_or_pixel_by_pixel(sequence, steps, numbers):
+    """The second step of rows is the second row of every channel, of pixels the second pixel."""
+    net = build(ModelConfig(name="rnn", depth=2, width=4, sequence=sequence), PICTURE, 4, seed=0)
+    picture = torch.arange(math.prod(PICTURE)).view(1, *PICTURE)
+    read = net.read(picture.view(1, -1))
+    assert (len(read), tuple(read[0].shape)) == (steps, (1, numbers))
+    second = picture[0, :, 1, :].T if sequence == "rows" else picture[0, :, 0, 1]
+    assert read[1].flatten().tolist() == second.flatten().tolist()
+
+
+@pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
+def test_a_recurrent_net_is_torchs_layer_and_a_head(name):
+    net = build(ModelConfig(name=name, depth=2, width=5, weight_variance="torch"), PICTURE, 4, seed=0)
+    layer = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[name](36, 5, batch_first=True)
+    layer.load_state_dict({f"{k}_l0": v for k, v in net.cell1.state_dict().items()})
+    x = torch.randn(6, math.prod(PICTURE))
+    states, _ = layer(torch.stack(net.read(x), 1))
+    torch.testing.assert_close(net(x), net.linear2(states[:, -1]))
+
+
+def test_every_time_step_is_a_row_of_the_trace():
+    net = build(ModelConfig(name="lstm", depth=3, width=4), PICTURE, 4, seed=0)
+    with watch(net) as watching:
+        net(torch.randn(5, math.prod(PICTURE))).square().sum().backward()
+        watching.step()
+    layers = watching.trace.layers
+    assert [layer.call for layer in layers if layer.name == "cell1"] == list(range(13))
+    assert {layer.kind for layer in layers if layer.name.startswith("cell")} == {"lstmcell"}
+    gains = watching.trace.column("backward_gain")[0][0]
+    assert all(gains[i] > 0 for i, layer in enumerate(layers) if layer.name == "cell2" and layer.call < 12)
+
+
+@pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
+def test_a_cell_begins_at_zeros(name):
+    cells = [BACKWARDS[backward].cell[name](3, 4).double() for backward in BACKWARDS]
+    cells[1].load_state_dict(cells[0].state_dict())
+    x = torch.randn(5, 3).double()
+    torch.testing.assert_close(cells[0](x), cells[1](x), rtol=1e-12, atol=1e-12)

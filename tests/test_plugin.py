@@ -153,3 +153,26 @@ def test_nothing_static_names_another_machine():
 def test_tensorboard_finds_the_tab():
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert 'gradient_flow = "bpdiag.dashboard.plugin:GradientFlow"' in pyproject
+
+
+def test_a_run_that_is_slow_to_read_is_not_read_again_at_once_while_it_trains(tmp_path, monkeypatch):
+    clock, read = [100.0], []
+
+    def detail(run, name):
+        read.append(clock[0])
+        clock[0] += 3.0  # seconds that reading takes
+        return {}
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module.views, "detail", detail)
+    monkeypatch.setattr(module.views, "stamp", lambda run: clock[0])  # it grows all the time
+    sick(4).save(tmp_path / "run")
+    plugin = GradientFlow(TBContext(logdir=str(tmp_path)))
+    for now in (100.0, 110.0, 130.0, 134.0):
+        clock[0] = now
+        plugin.detail("run")
+    assert read == [100.0, 134.0]
+    (tmp_path / "run" / "summary.json").write_text("{}")  # an end is seen at once
+    clock[0] = 138.0
+    plugin.detail("run")
+    assert read == [100.0, 134.0, 138.0]

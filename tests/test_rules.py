@@ -20,6 +20,7 @@ from rule_suite import (
     gradient,
     inputs_and_output_stay_apart,
     keeps_no_more_than_torch,
+    keeps_what_entered,
     nan_and_infinity_go_where_torchs_go,
     narrow_numbers_are_as_near_as_torchs,
     outcome,
@@ -47,9 +48,13 @@ from rule_twins import (
     unsteady,
     viewing,
 )
+from test_rules_attention import suite as attention_suite
 from test_rules_conv import suite as conv_suite
+from test_rules_loss import suite as loss_suite
+from test_rules_mixing import suite as mixing_suite
 from test_rules_norm import suite as norm_suite
 from test_rules_pool import suite as pool_suite
+from test_rules_recurrent import suite as recurrent_suite
 from test_rules_shape import suite as shape_suite
 from torch.nn.functional import cross_entropy, linear
 from torch.testing import assert_close
@@ -349,8 +354,10 @@ for function, twins in {
     refuses_by_name: [unchecked(Linear, linear), unchecked(CrossEntropy, cross_entropy)],
 }.items():
     check(CASES, catches=twins)(function)
-SUITES = (suite, conv_suite, norm_suite, pool_suite, shape_suite)
-CHECKS = suite.checks.keys() | {nan_and_infinity_go_where_torchs_go}
+SUITES = (
+    suite, conv_suite, norm_suite, pool_suite, shape_suite, loss_suite, mixing_suite, attention_suite, recurrent_suite,
+)  # fmt: skip
+CHECKS = (suite.checks.keys() | {nan_and_infinity_go_where_torchs_go}) - {keeps_no_more_than_torch}
 check(["linear", "cross_entropy"], catches=WRONG[-4:])(nan_and_infinity_go_where_torchs_go)
 
 
@@ -517,12 +524,13 @@ def test_every_check_catches_a_twin():
     for one in SUITES:
         assert all(catches for _, catches in one.checks.values())
         assert one.checks.keys() >= CHECKS
+        assert one.checks.keys() & {keeps_no_more_than_torch, keeps_what_entered}
 
 
 def test_the_table_is_whole():
     cases = [(name, case.rule) for one in SUITES for name, case in one.cases.items()]
     assert dict(cases) == RULES
-    assert len(cases) == len(RULES)
+    assert len(cases) == len(RULES) + 1  # cross_entropy has two: plain, and with all its settings
     assert all(rule.name == name for name, rule in cases)
     assert all(issubclass(rule, Activation) for rule in ACTIVATIONS.values())
 

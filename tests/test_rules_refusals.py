@@ -178,6 +178,55 @@ REFUSED = [
     ("embedding", (INDEX.double(), W[0, :, 0]), {}, TypeError, "index is .* torch.int64 or torch.int32"),
     ("embedding", (INDEX, ONES), {}, ValueError, r"W is .* shape \(V, D\)"),
     ("embedding", (INDEX, W[0, :, 0], 4), {}, ValueError, "padding_idx is 4; expected a row of W, 0 to 3"),
+    ("softmax", (X1, 3), {}, ValueError, r"dim is 3; expected a dimension of \(2, 4, 6\)"),
+    ("softmax", (X1, "a"), {}, TypeError, "dim is 'a'; expected a whole number"),
+    ("log_softmax", (X1.int(),), {}, TypeError, "z is .* torch.int32"),
+    ("log_softmax", (X1, -4), {}, ValueError, "dim is -4; expected a dimension"),
+    ("glu", (LOGITS,), {}, ValueError, r"x is a tensor \(3, 5\) .* two halves along dimension -1"),
+    ("glu", (LOGITS[0, 0],), {}, ValueError, r"x is a tensor \(\) .* two halves"),
+    ("swiglu", (LOGITS, 0), {}, ValueError, "x is .* two halves along dimension 0"),
+    ("cross_entropy", (LOGITS, LOGITS[:, :4].softmax(1)), {}, ValueError, r"y is .* shape \(3, 5\): a probability"),
+    ("cross_entropy", (LOGITS, CLASSES, ONES), {}, ValueError, r"weight is .* shape \(5,\): a number for each class"),
+    ("cross_entropy", (LOGITS, CLASSES), {"reduction": "max"}, ValueError, "reduction is 'max'; .* one of mean, sum"),
+    ("cross_entropy", (LOGITS, CLASSES), {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5; .* 0 to 1"),
+    ("cross_entropy", (LOGITS, CLASSES), {"ignore_index": 0.5}, TypeError, "ignore_index is 0.5; .* a whole number"),
+    ("cross_entropy", (LOGITS, CLASSES + 1), {"reduction": "sum"}, IndexError, "y is out of range; .* 0 to 4"),
+    ("nll", (LOGITS, CLASSES.int()), {}, TypeError, "y is .* torch.int64"),
+    ("nll", (LOGITS[0], CLASSES), {}, ValueError, r"x is .* shape \(B, K\)"),
+    ("nll", (LOGITS, CLASSES[:1]), {}, ValueError, r"y is .* shape \(3,\)"),
+    ("nll", (LOGITS, CLASSES + 1), {}, IndexError, "y is out of range; expected classes from 0 to 4"),
+    ("nll", (LOGITS, CLASSES, ONES), {}, ValueError, "weight is .* a number for each class"),
+    ("mse", (LOGITS, LOGITS[:1]), {}, ValueError, r"y is a tensor \(1, 5\) .* shape \(3, 5\): that of x"),
+    ("mse", (LOGITS, LOGITS.float()), {}, TypeError, "y is .* torch.float64, as x"),
+    ("l1", (LOGITS, LOGITS[0]), {}, ValueError, "y is .* that of x"),
+    ("huber", (LOGITS, LOGITS), {"delta": 0}, ValueError, "delta is 0; expected a number over 0"),
+    ("huber", (LOGITS, LOGITS), {"delta": "a"}, TypeError, "delta is 'a'"),
+    ("smooth_l1", (LOGITS, LOGITS), {"beta": -1}, ValueError, "beta is -1; expected a number, 0 or more"),
+    ("bce_with_logits", (LOGITS, LOGITS[0]), {}, ValueError, "y is .* that of z"),
+    ("bce_with_logits", (LOGITS, LOGITS, ONES), {}, ValueError, r"weight is .* broadcasts to \(3, 5\), that of z"),
+    ("bce_with_logits", (LOGITS, LOGITS, None, "a"), {}, TypeError, "pos_weight is 'a'; expected a tensor"),
+    ("kl_div", (LOGITS, LOGITS, "batch"), {}, ValueError, "reduction is 'batch'; expected one of mean, sum, none"),
+    ("kl_div", (LOGITS, LOGITS), {"log_target": 1}, TypeError, "log_target is 1; expected True or False"),
+    ("kl_div", (LOGITS[0, 0], LOGITS[0, 0], "batchmean"), {}, ValueError, "x is .* a dimension or more"),
+    ("attention", (LOGITS[0], LOGITS, LOGITS), {}, ValueError, r"q is .* shape \(..., length, numbers\)"),
+    ("attention", (X1, X1[:1], X1), {}, ValueError, r"k is .* batch and heads \(2,\), as in q"),
+    ("attention", (X, X[:, :3], X), {"enable_gqa": True}, ValueError, "k is .* a divisor of q's heads"),
+    ("attention", (X1, X1[..., :5], X1), {}, ValueError, "k is .* 6 numbers for each key"),
+    ("attention", (X1, X1, X1[:, :3]), {}, ValueError, r"v is .* a value for each key"),
+    ("attention", (X1, X1, X1, MASK), {}, ValueError, r"mask is .* a shape that broadcasts to \(2, 4, 4\)"),
+    ("attention", (X1, X1, X1, INDEX), {}, TypeError, "mask is .* torch.bool, or numbers to add"),
+    ("attention", (X1, X1, X1, None, X1[..., :4]), {}, TypeError, "dropout is .* torch.bool"),
+    ("attention", (X1, X1, X1, MASK[..., :4]), {"is_causal": True}, ValueError, "mask is .* None, as is_causal"),
+    ("attention", (X1, X1, X1), {"scale": "a"}, TypeError, "scale is 'a'; expected a number or None"),
+    ("attention", (X1, X1, X1), {"p": 2}, ValueError, "p is 2; expected a number from 0 to 1"),
+    ("rnn", (LOGITS, LOGITS, LOGITS, LOGITS, None, None), {}, ValueError, r"x is .* \(T, B, I\).* no packed sequence"),
+    ("rnn", (X1, *draw((4, 3), (3, 5), (3, 3)), None, None), {}, ValueError, r"W is .* shape \(H, 6\)"),
+    ("rnn", (X1, *draw((2, 3), (3, 6), (3, 3)), None, None), {}, ValueError, r"h is .* shape \(4, 3\)"),
+    ("rnn", (X1[:0], *draw((4, 3), (3, 6), (3, 3)), None, None), {}, ValueError, "x is .* a time step or more"),
+    ("lstm", (X1, *draw((4, 1), (4, 1), (5, 6), (5, 1)), None, None), {}, ValueError, r"W is .* shape \(4 H, 6\)"),
+    ("lstm", (X1, *draw((4, 1), (4, 2), (4, 6), (4, 1)), None, None), {}, ValueError, r"s is .* shape \(4, 1\)"),
+    ("gru", (X1, *draw((4, 2), (6, 6), (6, 3)), None, None), {}, ValueError, r"U is .* shape \(6, 2\)"),
+    ("gru", (X1, *draw((4, 2), (6, 6), (6, 2)), ONES, None), {}, ValueError, r"b is .* shape \(6,\)"),
 ]
 
 
@@ -256,6 +305,23 @@ def test_running_statistics_have_no_gradient(k, argument):
     statistics = [ONES.clone().requires_grad_(i == k) for i in (0, 1)]
     with pytest.raises(TypeError, match=f"batch_norm: {argument} is asked for a gradient"):
         RULES["batch_norm"].apply(X1, None, None, *statistics)
+
+
+@pytest.mark.parametrize(
+    ("rule", "k", "argument"),
+    [
+        ("cross_entropy", 0, "weight"),
+        ("nll", 0, "weight"),
+        ("bce_with_logits", 0, "weight"),
+        ("bce_with_logits", 1, "pos_weight"),
+    ],
+)
+def test_weights_of_a_loss_have_no_gradient(rule, k, argument):
+    y = LOGITS.sigmoid() if rule == "bce_with_logits" else CLASSES
+    weights = [None, None]
+    weights[k] = ONES[:1].expand(5).clone().requires_grad_()
+    with pytest.raises(TypeError, match=f"{rule}: {argument} is asked for a gradient"):
+        RULES[rule].apply(LOGITS, y, *weights[: k + 1])
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,10 @@ def test_a_finding_and_a_result_show_themselves():
     told = result._repr_html_()
     assert "<b>The gradient dies" in told
     assert "<svg" in told
+
+
+def test_a_trace_says_what_reaches_its_lowest_layer():
+    trace = sick(6)
+    wanted = f"{trace.value('decades', 0, -1):.1f}".replace("-", "−")
+    assert f"at step 190 z1 receives 10^{wanted} of what the output sends" in repr(trace)
+    assert repr(net(steps=[])) == "Trace(9 layers, 0 sampled, no step; diagnose(trace) judges it)"

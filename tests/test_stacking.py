@@ -89,6 +89,7 @@ SWEEPS = {
     ],
     "one of them not finite": [config("identity", weight_variance="1e130"), config()],
     "a loss that grows without end": [config("relu", optimizer={"lr": 1e6}, steps=65), config(steps=65)],
+    "an activation with a number in its name": [config("relu6"), config("leaky_relu")],
     "dead units": [config("relu", weight_variance="2", bias_variance="9", steps=95), config("relu", 1, steps=95)],
     "alike rows": [config(weight_variance="0"), config(weight_variance="1")],
 }
@@ -221,7 +222,7 @@ def test_what_no_stack_takes_is_trained_alone(alone):
 def test_more_than_memory_holds_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 250 if name == "SC_AVPHYS_PAGES" else real(name))
-    with pytest.raises(UsageError, match=r"a stack of 3 networks needs .* GB, 0.0 GB are free: \d+ fit"):
+    with pytest.raises(UsageError, match=r"a stack of 3 networks needs .* GB of memory, 0.0 GB are free: \d+ fit"):
         together([config(seed=s, width=512) for s in range(3)], tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -129,7 +129,7 @@ def test_a_run_that_goes_not_finite_is_stopped_kept_and_judged(tmp_path):
 
 
 def test_an_interrupt_keeps_what_there_is(tmp_path):
-    def stop(step, total, loss):
+    def stop(step, *_):
         if step > 8:
             raise KeyboardInterrupt
 
@@ -281,3 +281,18 @@ def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
     Image.new("L", (40, 40), 250).save(tmp_path / "digit.png")
     with pytest.raises(UsageError, match=r"digit\.png: nothing is drawn"):
         training.load(tmp_path / "run").classify(tmp_path / "digit.png")
+
+
+def test_progress_tells_loss_accuracy_and_what_reaches_the_first_layer():
+    told = []
+    config = Config(
+        model=ModelConfig(activation="sigmoid", depth=6, width=16),
+        training=TrainingConfig(steps=9),
+        watch=WatchConfig(every=4),
+    )
+    trace = training.train(config, progress=lambda *numbers: told.append(numbers)).trace
+    assert [(step, planned) for step, planned, *_ in told] == [(1, 9), (5, 9), (9, 9)]
+    assert [loss for _, _, loss, _, _ in told] == pytest.approx(trace.losses[1][[0, 4, 8]])
+    assert all(0 <= right <= 1 and (right * 64) % 1 == pytest.approx(0) for _, _, _, right, _ in told)
+    assert [decades for *_, decades in told] == [trace.value("decades", 0, at) for at in range(3)]
+    assert told[0][4] < -1

@@ -9,11 +9,12 @@ import math
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import torch
 from run_folders import HOSTILE, renamed, sick, write_run
 from typed import net
 
-from bpdiag import views
-from bpdiag.trace import COLUMNS, Sample, Trace, TraceError, TraceWriter
+from bpdiag import views, watch
+from bpdiag.trace import COLUMNS, Layer, Sample, Trace, TraceError, TraceWriter
 
 SPECIAL = {-32768: None, -32767: math.nan, -32766: -math.inf, 32767: math.inf}
 
@@ -156,7 +157,7 @@ def test_a_long_run_that_a_recorder_wrote_is_read_in_part(tmp_path):
 def test_what_is_kept_of_a_long_run_is_what_is_read_of_it(tmp_path, monkeypatch):
     run = write_run(tmp_path / "long", sick(5, steps=range(400)))
     wanted = views.detail(run, "long")
-    views.keep(run)
+    views.keep(run, 400)
     monkeypatch.setattr(views, "_thinned", lambda run, columns: pytest.fail("the trace is read again"))
     assert {**views.detail(run, "long"), "stamp": 0} == {**wanted, "stamp": 0}
     with pytest.raises(pytest.fail.Exception, match="read again"):  # the twin: of other columns nothing is kept
@@ -165,12 +166,54 @@ def test_what_is_kept_of_a_long_run_is_what_is_read_of_it(tmp_path, monkeypatch)
 
 def test_what_was_kept_of_a_trace_that_has_grown_is_not_shown(tmp_path):
     run = write_run(tmp_path / "long", sick(5, steps=range(400)))
-    views.keep(run)
+    views.keep(run, 400)
     grown = sick(5, steps=range(400, 500)).save(tmp_path / "more")
     (grown / "part-00000.parquet").rename(run / "trace" / "part-00001.parquet")
     assert views.detail(run, "long")["sampled"] == 500
 
 
 def test_of_a_short_run_nothing_is_kept(run):
-    views.keep(run)
+    views.keep(run, 240)
     assert not (run / "trace" / views.KEPT).exists()
+
+
+def test_a_view_that_cannot_be_kept_costs_no_run(tmp_path):
+    run = write_run(tmp_path / "long", sick(5, steps=range(400)))
+    (run / "trace" / views.KEPT).mkdir()  # in the way
+    views.keep(run, 400)
+    assert views.detail(run, "long")["sampled"] == 400
+
+
+def test_a_watched_run_keeps_its_view(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
+    with watch(model, log=tmp_path / "run") as watching:
+        for _ in range(241):
+            watching.loss(model(torch.ones(1, 2)).sum()).backward()
+            watching.step()
+    told = json.loads((tmp_path / "run" / "trace" / views.KEPT).read_text())
+    assert (len(told["steps"]), told["sampled"]) == (240, 241)
+
+
+def test_a_skip_is_a_way_around_the_layers_of_its_block():
+    """x + f(x) twice, f two layers deep; the second block's skip goes through a layer of its own."""
+    linear = {"kind": "linear", "fan_in": 4, "units": 4}
+    layers = [
+        Layer("stem", 0, **linear),
+        Layer("a", 0, parents=(0,), **linear),
+        Layer("b", 0, parents=(1,), **linear),
+        Layer("b+", 0, "add", parents=(0, 2)),
+        Layer("c", 0, parents=(3,), **linear),
+        Layer("d", 0, parents=(4,), **linear),
+        Layer("short", 0, parents=(3,), **linear),
+        Layer("short+", 0, "add", parents=(5, 6)),
+        Layer("head", 0, parents=(7,), **linear),
+    ]
+    edges = {3: [0.5, 1.0], 6: [0.25], 1: [1.0], 4: [1.0]}
+    rows = [(0, i, {"g_z_norm": 1.0, **({"edge_gain": edges[i]} if i in edges else {})}) for i in range(9)]
+    trace = Trace.build(layers, [Sample(0, layers, rows, [])])
+    ways = views._ways_around(trace, trace.weight_layers())
+    assert [(way.rows, way.edge) for way in ways] == [((0, 2), (3, 0)), ((2, 5), (6, 3))]
+    values, there = views._carried(trace, ways)
+    assert (10 ** values[0]).tolist() == pytest.approx([0.5, 0.25])
+    assert there.all()
+    assert views._ways_around(sick(6), sick(6).weight_layers()) == []  # the twin: a plain stack has none

@@ -327,7 +327,7 @@ def test_a_trained_classifier_shows_its_digits_and_its_errors(tmp_path):
     train_config(config, tmp_path / "run")
     board = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0})
     board.Reload()
-    assert board.Tags()["images"] == ["test/samples", "test/confusion"]
+    assert board.Tags()["images"] == ["profile", "test/samples", "test/confusion"]
     for tag in board.Tags()["images"]:
         (shown,) = board.Images(tag)
         assert shown.step == 30

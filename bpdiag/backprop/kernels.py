@@ -29,6 +29,11 @@ class Kernel(NamedTuple):
     vjp: Callable[[Tensor, Tensor, Tensor], object]  # (g_a, what the rule saves, out), out may be g_a
     keeps_input: bool
 
+    def vjp_of_ones(self, kept: Tensor, out: Tensor) -> Tensor:
+        """phi'(z), into ``out``."""
+        self.vjp(out.fill_(1), kept, out)
+        return out
+
 
 # rule: (forward, vjp); the rules that autograd's own kernels compute to the bit or within rounding
 _FAST: dict[str, tuple[Callable[[Tensor, Tensor], object], Callable[[Tensor, Tensor, Tensor], object]]] = {

@@ -1,10 +1,13 @@
 """Every number of a measured step, for all members at once: left on the device, read by the host when asked.
 
-    total   |x_k| = sqrt(sum_b r_kb^2),  r_kb^2 = sum_n x_knb^2     one pass; r tells which sample is not finite
+    size    |x_k| = sqrt(sum_b r_kb^2),  r_kb^2 = sum_n x_knb^2     r tells which samples are not finite
     cosine  c_k = (|sum_b z_kb / r_kb|^2 - B) / (B (B - 1))
 
-Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``, of pictures (k, C Q, B, J).  What a float32
-cannot square is squared again in float64, as ``statistics`` does.
+Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``, of pictures (k, C Q, B, J).  A step only sums
+squares; what can wait until ``read`` waits, and is done for all layers in one operation.
+
+What float32 squares wrongly is squared in float64, at twice the cost.  Which that is, the sample before tells: a number
+that moves by nine decades and more between two samples may be told as 0 or infinite in the later of them.
 """
 
 from __future__ import annotations
@@ -17,30 +20,28 @@ import torch
 from torch import Tensor
 
 from bpdiag import statistics
+from bpdiag.backprop.kernels import Kernel
 from bpdiag.backprop.update import Named
 from bpdiag.rules import Activation
 
 Key = tuple[str, int]  # what, of which weight layer
 Numbers = dict[Key, np.ndarray]
-IN_UNITS = (
-    "g_out",
-    "g_u",
-    "g_z",
-    "edge",
-    "g_W",
-    "g_gamma",
-)  # cotangents: the unit of their layer is divided out by ``read``
+IN_UNITS = ("g_out", "g_u", "g_z", "edge", "g_W", "g_gamma")  # what is multiplied by the unit of its layer
 WINDOW = 8  # sampled batches that a unit must be silent in to be called dead
+NEAR = 1e-6, 1e6  # rms of what float32 may square until the next sample
 
 
 class Meter:
-    """What a step brings: a number for each member, (K,) under each key; for tensors with samples their lengths too."""
+    """What a step brings: a number for each member, (K,) under each key."""
 
     def __init__(self, members: int, device: torch.device) -> None:
         self.K, self.device = members, device
         self.wide = statistics.wide(device)
-        self._numbers: dict[Key, Tensor] = {}
-        self._lengths: dict[Key, Tensor] = {}
+        self._squares: dict[Key, Tensor] = {}  # (K, B) r^2
+        self._together: dict[int, Tensor] = {}  # (K, N) sum of z / r
+        self._numbers: dict[Key, Tensor] = {}  # (K,)
+        self._sizes: dict[Key, int] = {}  # elements of a member
+        self._narrow: set[Key] = set()  # float32 squares them rightly
         self._silence: dict[int, Tensor] = {}
         self._copies: dict[Key, Tensor] = {}  # of weights, until they are updated
         self._alike: dict[int, set[int]] = {}  # layer -> members whose rows are still to be told apart
@@ -48,72 +49,70 @@ class Meter:
     def begin(self, xs: Sequence[Tensor], orders: Sequence[int]) -> None:
         """A step: its input."""
         lengths = torch.stack([statistics.lengths(x) for x in xs])[list(orders)]
-        self._lengths["x", 0], self._numbers["x", 0] = lengths, statistics.lengths(lengths)
+        self._squares["x", 0] = lengths.to(self.wide).square_()
 
     def size(self, what: str, layer: int, s: slice, x: Tensor, spare: Tensor) -> Tensor:
-        """|x_k|; returns r, (k, B).  ``spare``: room as large as x."""
-        squares = torch.mul(x, x, out=spare).sum(_features(x))
-        total = squares.sum(1, dtype=self.wide)
-        if x.dtype != self.wide:
-            total, squares = self._right(x, total, squares)
-        lengths = squares.sqrt()
-        self._put(what, layer, s, total.sqrt_())
-        held = self._lengths.get((what, layer))
-        if held is None or held.shape[1] != x.shape[2]:
-            held = self._lengths[what, layer] = lengths.new_empty(self.K, x.shape[2])
-        held[s] = lengths
-        return lengths
+        """|x_k|; returns r^2, (k, B).  ``spare``: room as large as x."""
+        key, batch = (what, layer), x.shape[2]
+        narrow = x.dtype == self.wide or key in self._narrow
+        held = self._squares.get(key)
+        if held is None or held.shape[1] != batch or (held.dtype == x.dtype) != narrow:
+            dtype = x.dtype if narrow else self.wide
+            held = self._squares[key] = torch.empty(self.K, batch, dtype=dtype, device=self.device)
+            self._sizes[key] = x[0].numel()
+        squares = torch.mul(x, x, out=spare) if narrow else x.to(self.wide).square_()
+        return torch.sum(squares, _features(x), out=held[s])
 
-    def _right(self, x: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Where float32 squared wrongly, again; a device that would have to be waited for squares all of it again."""
-        if x.device.type != "cpu":
-            squares = x.to(self.wide).square().sum(_features(x))
-            return squares.sum(1), squares
-        low, high = (limit**2 * x[0].numel() for limit in statistics.RIGHT)
-        doubtful = (total <= low) | (total >= high)
-        if doubtful.any():
-            squares = squares.to(self.wide)
-            squares[doubtful] = x[doubtful].to(self.wide).square().sum(_features(x))
-            total[doubtful] = squares[doubtful].sum(1)
-        return total, squares
+    def cosine(self, layer: int, s: slice, z: Tensor, squares: Tensor, spare: Tensor) -> None:
+        """c of the samples' z, of which ``size`` gave the squares."""
+        held = self._together.get(layer)
+        if held is None:
+            features = z[0].numel() // z.shape[2]
+            held = self._together[layer] = torch.empty(self.K, features, dtype=z.dtype, device=self.device)
+        r = squares.sqrt().to(z.dtype).view(len(z), 1, -1, *[1] * (z.dim() - 3))
+        torch.sum(torch.div(z, r, out=spare), 2, out=held[s].view(len(z), z.shape[1], *z.shape[3:]))
 
-    def cosine(self, layer: int, s: slice, z: Tensor, lengths: Tensor, spare: Tensor) -> None:
-        """c of the samples' z."""
-        r = lengths.view(len(z), 1, -1, *[1] * (z.dim() - 3))
-        together = torch.div(z, r, out=spare) if r.dtype == z.dtype else z / r
-        total, n = statistics.lengths(together.sum(2).flatten(1)), z.shape[2]
-        self._put("z_cosine", layer, s, (total * total - n) / (n * (n - 1)) if n > 1 else total * math.nan)
-
-    def slopes(self, layer: int, s: slice, kept: Tensor, rule: type[Activation]) -> None:
+    def slopes(self, layer: int, s: slice, kept: Tensor, rule: type[Activation], its: Kernel, spare: Tensor) -> None:
         """How large the slopes are, how many elements pass almost nothing, which units no batch woke lately."""
-        slope = rule.slope(kept)
-        passing = slope
-        if not rule.is_switch:
-            self._put("slope_norm", layer, s, statistics.lengths(slope.flatten(1)))
-            passing = statistics.passing(slope, rule.largest_slope)
-        passing = passing.sum(2)
-        self._put("passing", layer, s, passing.sum(1, dtype=self.wide))
+        slope = its.vjp_of_ones(kept, spare)
+        elements = slope[0].numel()
         if rule.is_switch:
-            self._put("slope_norm", layer, s, self._numbers["passing", layer][s].sqrt())
-        largest = passing if rule.is_switch else slope.abs().amax(2)
+            awake = slope.sum(2)
+            passing = awake.sum(1, dtype=self.wide)
+            norm = passing.sqrt()
+        else:
+            size = slope.abs_()
+            norm = self._norm(("slope_norm", layer), slope)
+            awake = size.amax(2)
+            limit = statistics.SATURATED * rule.largest_slope * (1 - torch.finfo(size.dtype).eps)
+            passing = elements - torch.le(size, limit, out=size).sum((1, 2), dtype=self.wide)
+        self._put("slope_norm", layer, s, norm)
+        self._put("passing", layer, s, passing)
         if layer not in self._silence:
-            self._silence[layer] = largest.new_full((self.K, largest.shape[1]), WINDOW)
-        silence = self._silence[layer]
-        silence[s] = (silence[s] + 1) * (largest == 0)
-        self._put("asleep", layer, s, (silence[s] >= WINDOW).sum(1, dtype=self.wide))
+            self._silence[layer] = awake.new_full((self.K, awake.shape[1]), WINDOW)
+        silence = self._silence[layer][s]
+        silence.add_(1).mul_(awake == 0)
+        self._put("asleep", layer, s, (silence >= WINDOW).sum(1))
 
     def before(self, one: Named, s: slice) -> None:
         """A parameter as it is, and its gradient, before the update."""
         if one.name:
-            self._put(f"g_{one.name}", one.layer, s, statistics.lengths(one.G.flatten(1)))
-            self._put(one.name, one.layer, s, statistics.lengths(one.p.W.flatten(1)))
+            self._put(f"g_{one.name}", one.layer, s, self._norm((f"g_{one.name}", one.layer), one.G))
+            self._put(one.name, one.layer, s, self._norm((one.name, one.layer), one.p.W))
             self._copies[one.name, one.layer] = one.p.W.clone()
 
     def after(self, one: Named, s: slice) -> None:
         """What the update took from it."""
         if one.name:
             taken = self._copies.pop((one.name, one.layer)).sub_(one.p.W)
-            self._put(f"d{one.name}", one.layer, s, statistics.lengths(taken.flatten(1)))
+            self._put(f"d{one.name}", one.layer, s, self._norm((f"d{one.name}", one.layer), taken))
+
+    def _norm(self, key: Key, x: Tensor) -> Tensor:
+        """(k,) |x_k| of what has no samples."""
+        self._sizes[key] = x[0].numel()
+        if key in self._narrow:
+            return torch.linalg.vector_norm(x, dim=(1, 2))
+        return statistics.lengths(x.flatten(1))
 
     def clipped(self, s: slice, factor: Tensor) -> None:
         """What every gradient was multiplied by."""
@@ -121,10 +120,11 @@ class Meter:
 
     def distinct_rows(self, layer: int, s: slice, W: Tensor) -> None:
         """Share of rows that differ, at the first step and as long as half are alike."""
-        asked = self._alike.setdefault(layer, set(range(self.K)))
-        for member in range(s.start, s.stop):
-            if member in asked:
-                self._put("distinct", layer, slice(member, member + 1), statistics.distinct_rows(W[member - s.start]))
+        asked = self._alike.get(layer)
+        if asked is None:
+            asked = self._alike[layer] = set(range(self.K))
+        for member in sorted(asked & set(range(s.start, s.stop))) if asked else ():
+            self._put("distinct", layer, slice(member, member + 1), statistics.distinct_rows(W[member - s.start]))
 
     def forget_silence(self) -> None:
         """Units have been silent for no sample: what ``look`` saw is none of training's."""
@@ -132,26 +132,38 @@ class Meter:
 
     def read(self, units: np.ndarray) -> Numbers:
         """(K,) under each key, as numbers of the host; its one wait."""
-        keys = list(self._numbers)
-        table = torch.stack([self._numbers[key] for key in keys]).cpu().numpy()
-        told = {}
-        for key, numbers in zip(keys, table, strict=True):
-            what, layer = key
-            told[key] = numbers / units[layer] if what in IN_UNITS else numbers
-        for layer, asked in self._alike.items():
-            if ("distinct", layer) in told:
-                asked &= set(np.flatnonzero(told["distinct", layer] <= 0.5).tolist())
-        self._numbers = {key: x for key, x in self._numbers.items() if key[0] != "distinct"}
+        found = {key: squares.sum(1, dtype=self.wide).sqrt_() for key, squares in self._squares.items()}
+        for layer, together in self._together.items():
+            total, n = statistics.lengths(together), self._squares["z", layer].shape[1]
+            found["z_cosine", layer] = (total * total - n) / (n * (n - 1)) if n > 1 else total * math.nan
+        found |= self._numbers
+        table = torch.stack(list(found.values())).cpu().numpy()
+        raw = dict(zip(found, table, strict=True))
+        told = {key: x / units[key[1]] if key[0] in IN_UNITS else x for key, x in raw.items()}
+        self._learn(raw)
         return told
+
+    def _learn(self, raw: Numbers) -> None:
+        """What float32 can square until the next sample; whose rows are still alike."""
+        low, high = NEAR
+        for key, size in self._sizes.items():
+            if key in raw:
+                rms = raw[key] / math.sqrt(size)
+                fits = (rms == 0) | ((rms > low) & (rms < high)) | ~np.isfinite(rms)
+                (self._narrow.add if fits.all() else self._narrow.discard)(key)
+        for layer, asked in self._alike.items():
+            if ("distinct", layer) in raw:
+                asked &= set(np.flatnonzero(raw["distinct", layer] <= 0.5).tolist())
+        self._numbers = {key: x for key, x in self._numbers.items() if key[0] != "distinct"}
 
     def has_samples(self, key: Key) -> bool:
         """Whether ``strangers`` can be asked of it."""
-        return key in self._lengths
+        return key in self._squares
 
     def strangers(self, key: Key, member: int) -> tuple[np.ndarray, np.ndarray]:
         """(B,) bool each: samples that hold a nan, and an infinity."""
-        lengths = self._lengths[key][member].cpu().numpy()
-        return np.isnan(lengths), np.isinf(lengths)
+        squares = self._squares[key][member].cpu().numpy()
+        return np.isnan(squares), np.isinf(squares)
 
     def _put(self, what: str, layer: int, s: slice, numbers: Tensor) -> None:
         held = self._numbers.get((what, layer))

@@ -195,7 +195,8 @@ def _place(layer: Layer) -> tuple[str, int]:
     """What a line is, and of which weight layer, which is the number in its name."""
     if layer.kind == "unflatten":
         return "input", 0
-    number = int(re.findall(r"\d+$", layer.name)[0]) - 1
+    own = layer.activation or ""  # which may end in a number itself
+    number = int(re.findall(r"\d+$", layer.name.removeprefix(own))[0]) - 1
     if layer.is_weight_layer:
         return "weight", number
     if layer.activation:

@@ -51,6 +51,7 @@ class _Run(NamedTuple):
     a: Tensor
     kept: Tensor
     g: list[Tensor]
+    spare: Tensor
 
 
 class _Reading(NamedTuple):
@@ -93,7 +94,7 @@ class _Step:
     r: Tensor | None = None  # of the norm
 
     def measure(self, meter: Meter, what: str, number: int, s: slice, x: Tensor) -> Tensor:
-        """|x|, of a tensor of the shape of z; returns the lengths of its samples."""
+        """|x|, of a tensor of the shape of z; returns the squares of its samples."""
         x, spare = (x, self.spare) if self.seen is None else (x.view(self.seen), self.spare.view(self.seen))
         return meter.size(what, number, s, x, spare)
 
@@ -264,9 +265,9 @@ class Stack:
                         torch.bmm(one.W, x.expand(one.number, *x.shape), out=z)
             c.z.add_(c.b.W)
             if meter:
-                lengths = c.measure(meter, "z", number, s, c.z)
+                squares = c.measure(meter, "z", number, s, c.z)
                 shape = c.seen or c.z.shape
-                meter.cosine(number, s, c.z.view(shape), lengths, c.spare.view(shape))
+                meter.cosine(number, s, c.z.view(shape), squares, c.spare.view(shape))
             if number == self.L - 1:
                 return
             if layer.norm:
@@ -278,7 +279,7 @@ class Stack:
             if meter:
                 c.measure(meter, "a", number, s, c.a)
                 for run in c.runs:
-                    meter.slopes(number, run.members, run.kept, run.rule)
+                    meter.slopes(number, run.members, run.kept, run.rule, run.kernel, run.spare)
             if c.conv:
                 c.conv.pool()
                 if meter:
@@ -489,6 +490,7 @@ class Stack:
                 conv = Convolution(layer.picture, W.W, z, a, batch, below, flat, number, room)
                 out = conv.out
                 arrives = [room(("g", i), *conv.side, top * batch) for i in range(3)]
+            spare = room("spare", N, columns, top * batch)
             runs = [
                 _Run(
                     rule,
@@ -498,6 +500,7 @@ class Stack:
                     a[here],
                     (u if its.keeps_input else a)[here],
                     [x[here] for x in g],
+                    spare[here],
                 )
                 for here, rule, its in alike
             ]
@@ -517,7 +520,7 @@ class Stack:
                     arrives=arrives,
                     conv=conv,
                     seen=conv.seen if conv else None,
-                    spare=room("spare", N, columns, top * batch),
+                    spare=spare,
                     G=room(("G", number if self.update.optimizer.clip else 0), N, M, largest),
                     room_beside=room("spare G", N, M, largest),
                     runs=runs,

@@ -16,6 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,15 @@ STATIC = Path(__file__).parent / "static"
 TYPES = {".js": "text/javascript", ".css": "text/css"}
 AGAIN = 2.0  # seconds that a look at the folders holds
 KEPT = 64  # runs in detail
+PATIENCE = 10  # times as long as it took until a run that still trains is read again
 Answer = Callable[[wrappers.Request], wrappers.Response]
+
+
+@dataclass(frozen=True)
+class _Detail:
+    stamp: float
+    content: str  # JSON
+    due: float  # when it may be read again while it trains
 
 
 class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard has no types
@@ -46,7 +55,7 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
         self._lock = threading.Lock()
         self._found: tuple[float, dict[str, Path]] = (-AGAIN, {})
         self._overviews: dict[str, tuple[float, dict[str, Any]]] = {}
-        self._details: dict[str, tuple[float, str]] = {}
+        self._details: dict[str, _Detail] = {}
 
     def get_plugin_apps(self) -> Mapping[str, Callable[..., Any]]:
         """What is served, by route."""
@@ -106,13 +115,17 @@ class GradientFlow(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard h
         run = self.runs()[name]
         stamp = views.stamp(run)
         with self._lock:
-            kept = self._details.pop(name, (-1.0, ""))
-            if kept[0] != stamp:
-                kept = (stamp, json.dumps(views.detail(run, name), allow_nan=False))
+            kept = self._details.pop(name, None)
+            begun = time.monotonic()
+            early = kept is not None and begun < kept.due and not views.has_ended(run)
+            if kept is None or (kept.stamp != stamp and not early):
+                content = json.dumps(views.detail(run, name), allow_nan=False)
+                now = time.monotonic()
+                kept = _Detail(stamp, content, now + PATIENCE * (now - begun))
             self._details[name] = kept  # the last asked for is the last to go
             while len(self._details) > KEPT:
                 self._details.pop(next(iter(self._details)))
-        return kept[1]
+        return kept.content
 
     def _answer_runs(self, request: wrappers.Request) -> wrappers.Response:
         return _respond(request, json.dumps(self.overviews(), allow_nan=False), "application/json")

@@ -63,7 +63,9 @@ def detail(provider: DataProvider, experiment: str, overview: dict[str, Any]) ->
     steps = sorted({step for tag, data in tags.items() if tag.startswith(beginning) for step in data})
     empty = np.full((len(steps), len(labels)), np.nan)
     nothing = (empty, np.zeros(empty.shape, bool))
-    series = dict.fromkeys((*views.SERIES, *(f"takes_{owner}" for owner in views.OWNERS), "entering"), nothing)
+    series = dict.fromkeys(
+        (*views.SERIES, *(f"takes_{owner}" for owner in views.OWNERS), "entering", "around"), nothing
+    )
     for key, (tag, log) in DRAWN.items():
         series[key] = _block([tags.get(f"{tag}/{label}", {}) for label in labels], steps, log)
     losses = sorted(tags.get(LOSS, {}).items())
@@ -74,6 +76,7 @@ def detail(provider: DataProvider, experiment: str, overview: dict[str, Any]) ->
             "sentence": f"No trace lies beside this event file: {len(steps)} of {overview['planned']} steps are drawn, "
             "as TensorBoard has kept them.",
             "layers": [_layer(label) for label in labels],
+            "around": [],
             "steps": steps,
             "sampled": len(steps),
             "spans": [],

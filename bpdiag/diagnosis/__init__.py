@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bpdiag.diagnosis import between, blocks
+from bpdiag.diagnosis import between, blocks, unrolled
 from bpdiag.diagnosis.beginning import forward_scale, logits_saturated, saturated
 from bpdiag.diagnosis.course import chance_level, too_few_steps
 from bpdiag.diagnosis.data import data_order, input_scale, targets
@@ -152,6 +152,8 @@ def _explains(cause: Finding, f: Finding) -> bool:
         return False
     if cause.kind in ("dead_units", "saturated") and f.kind == "vanishing":
         return f.cause in ("slopes", "alignment")
+    if cause.kind == "vanishing" and f.kind == "dead_units":  # where no signal passes only biases move, and kill
+        return cause.cause in ("weights", "depth") and cause.onset_step < f.onset_step
     if f.kind == "non_finite" and cause.kind in ("input_scale", "targets", "stale_gradient"):
         return f.key == DIVERGED or (f.key == "exploding" and cause.kind != "stale_gradient")
     return f.kind in CAUSES.get(cause.kind, ())
@@ -183,7 +185,7 @@ def notes(trace: Trace) -> list[str]:
     if count := sum(map(bool, skipped)):
         told.append(f"the gradient scaler skipped {count} of {trace.steps_table.num_rows} steps")
     for at in dict.fromkeys([*finite[:1], *finite[-1:]]):  # the theory is of the first
-        for in_words in (blocks.in_words, between.in_words):
+        for in_words in (blocks.in_words, between.in_words, unrolled.in_words):
             if sentence := in_words(trace, int(at)):
                 told.append(f"at step {trace.sampled_steps[at]} {sentence}")
     if apart := {m.layer for m in trace.missing if m.column == "edge_gain"}:

@@ -174,10 +174,11 @@ def _flow_remedy(p: Profile, cause: str, evidence: dict[str, float], sign: int) 
     r = next((layer.r for layer in p.trace.layers if layer.r), 1.0)
     if cause == "time":
         gated = any(layer.kind in GATED for layer in p.trace.layers)
+        cells = "model.name=lstm, gru" if ours else "nn.LSTM, nn.GRU"
         return (
             "let the gates begin open (a forget gate's bias of 1 or more), or take shorter sequences"
             if gated
-            else "take a gated cell (nn.LSTM, nn.GRU), orthogonal recurrent weights, or shorter sequences",
+            else f"take a gated cell ({cells}), orthogonal recurrent weights, or shorter sequences",
             f"gain per time step from {evidence['gain_per_time_step']:.2g} to about 1",
         )
     if cause == "weights":

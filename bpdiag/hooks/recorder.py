@@ -58,6 +58,7 @@ class Recorder:
         self.histograms = histograms
         self.step = 0
         self.last_loss = math.nan
+        self.last_sample: Sample | None = None
         self._table = LayerTable()
         self._names: dict[nn.Module, str] = {}
         self._silent: list[nn.Module] = []  # those that compute something and have not been called so far
@@ -324,9 +325,9 @@ class Recorder:
             self._step_handles.append(handle)
 
     def _arrived(self, call: Call, i: int, g: Tensor) -> None:
-        call.events[i] = call.events.get(i, 0) + 1
         call.values[f"_{call.g}_{i}"] = norm_by_sample(g, self._shelf)
         call.sizes[call.g] = call.sizes.get(call.g, 0) + g.numel()
+        call.events[i] = call.events.get(i, 0) + 1  # now there is what it promises, should Ctrl-C come
         if i in (0, ~0):
             self._draw(call, call.g, g)
 
@@ -481,7 +482,7 @@ class Recorder:
         sample = Sample(self.step, self._table.layers, rows, losses, float(rate["lr"]) if rate else None, missing, bins)
         sample.target, sample.loss_scale, sample.skipped = self._target, self._scales.of(0), self._skipped
         self._send(sample)
-        self._skipped = []
+        self.last_sample, self._skipped = sample, []
 
     def _count_bad_samples(self, reading: Reading) -> None:
         """In how many samples of the batch a call's numbers are not finite; which one, where it is one alone."""

@@ -19,6 +19,8 @@ LEVELS = {
     "residual": 5,
 }
 PACE = ("rate", "optimizer")  # how far a step goes; every other level is about what flows
+WARM = 50  # steps of a warm-up: a quarter of a trial's 200
+LONGEST = 1.0  # of a clipped gradient: Pascanu et al. 2013 name the idea, this length is what most recipes have
 PLACES = ("model", "optimizer", "batch", "backward", "gradient", "step")  # in a training, in their order
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -27,7 +28,10 @@ from bpdiag.trial import of_model_and_batch
 SEEDS = (0, 1, 2)
 ASSUMED_STEPS = 1_000  # over which harm is judged, as of a run whose length is not told
 LARGE = 10_000_000  # parameters: of larger models no trial waits in memory for its next round
-SAMPLES = 20  # of the training as it is, where no findings are given
+PROBED = 4  # steps, to see how long one takes
+# Whole trials that a search takes the time of: the training as it is, three seeds, and what is dropped on the way.
+WHOLE = 8
+SAMPLES = 10  # of the training as it is, where no findings are given
 Loss = Callable[..., Tensor]
 
 
@@ -56,7 +60,7 @@ def cure(
             pair of inputs and targets.
         make_optimizer: model -> its optimizer.
         findings: what ``diagnose`` said of the training; None: it is watched for ``steps`` first.
-        steps: of a whole trial, 50 or more.
+        steps: of a whole trial, 50 or more; fewer are made, and that is said, where the time is short.
         seconds: for all of them.
         progress: called before every trial with (seconds passed, seconds allowed, what is tried).
 
@@ -77,6 +81,7 @@ def cure(
     end = time.perf_counter() + seconds
     with seeded(SEEDS[0]), flushed_denormals():
         subject = Subject(make_model, data, loss, make_optimizer, steps)
+        steps = subject.affordable(steps, seconds)
         found, before = subject.watched(steps, end) if findings is None else (list(findings), None)
         subject.clears = not any(f.kind == "stale_gradient" for f in found)
         if not found:
@@ -163,6 +168,10 @@ class Subject:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(f"make_optimizer gives a {type(optimizer).__name__}; it must give a torch optimizer")
         theirs = {id(p) for p in model.parameters()}
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UsageError(
+                f"the model has nothing to train: of its {len(theirs)} parameters none asks for a gradient"
+            )
         if not any(id(p) in theirs for group in optimizer.param_groups for p in group["params"]):
             raise UsageError("make_optimizer: its optimizer holds no parameter of the model that it is given")
         return optimizer
@@ -174,7 +183,7 @@ class Subject:
             UsageError: The time was over first.
         """
         training = self.start(None, SEEDS[0])
-        every = max(steps // SAMPLES, 1)
+        every = math.ceil(steps / SAMPLES)
         with watch(training.model, training.optimizer, every=every, planned_steps=ASSUMED_STEPS) as watching:
             for n in range(steps):
                 if time.perf_counter() > end:
@@ -185,8 +194,26 @@ class Subject:
 
     def candidates(self, findings: Sequence[Finding]) -> list[Candidate]:
         """What may be tried."""
-        model = self._model(SEEDS[0])
-        return snippets.candidates(model, self._optimizer(model), self.first, findings)
+        model, output = self._model(SEEDS[0]), []
+        seen = model.register_forward_hook(lambda model, given, told: output.append(told))
+        self.loss(model, self.first)
+        seen.remove()
+        last = output[-1] if output else None
+        return snippets.candidates(model, self._optimizer(model), self.first, last, findings)
+
+    def affordable(self, steps: int, seconds: float) -> int:
+        """``steps``, or so many fewer that a search of ``seconds`` has time for them; that is noted."""
+        training, ends = self.start(None, SEEDS[0]), []
+        for _ in range(PROBED):
+            training.step(lambda loss: loss)
+            ends.append(time.perf_counter())
+        pace = statistics.median(b - a for a, b in itertools.pairwise(ends))
+        fewer = min(steps, max(int(seconds / (WHOLE * pace)), LEAST_STEPS))
+        if fewer < steps:
+            self.notes.append(
+                f"{fewer} steps a trial, not {steps}: one takes {pace:.2g} s, and {seconds:g} s are there"
+            )
+        return fewer
 
     def start(self, candidate: Candidate | None, seed: int) -> Training:
         """A copy from ``seed``, changed: the candidate's lines run where they are to be pasted."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from bpdiag import meanfield, training
 from bpdiag.config import Config, RemedyConfig, UsageError, flat, planned_steps
 from bpdiag.diagnosis import Finding
-from bpdiag.remedy.candidate import Candidate, groups
+from bpdiag.remedy.candidate import LONGEST, WARM, Candidate, groups
 from bpdiag.remedy.search import LEAST_STEPS, Cure, Progress, Search, Terms
 from bpdiag.remedy.trial import Tell, Training, reached
 from bpdiag.rules import ACTIVATIONS
@@ -22,8 +23,6 @@ from bpdiag.trace import Trace, write_json
 
 SEEDS = 3  # of the winner: the run's own and the next two
 RATES = {"a tenth of the rate": 0.1, "0.3 of the rate": 0.3, "three times the rate": 3.0, "ten times the rate": 10.0}
-WARM = 50  # steps of a warm-up: a quarter of a trial's 200
-LONGEST = 1.0  # of a clipped gradient: the length that most recipes have (GPT-3's, for one)
 ADAM_RATE = 1e-3  # its authors' (Kingma & Ba 2015, algorithm 1)
 
 
@@ -151,7 +150,7 @@ def cure_run(
         no_dearer: for no more of the processor's time than the run itself took, or, stopped early, would have taken.
         progress: called before every trial with (seconds passed, seconds allowed, what is tried).
     """
-    settings = config.remedy
+    settings, begun = config.remedy, time.process_time()
     found = candidates(config, findings)
     kinds = ", ".join(dict.fromkeys(f.kind for f in findings))
     if not found:
@@ -163,6 +162,7 @@ def cure_run(
     if steps < LEAST_STEPS:
         return Cure(notes=[f"no remedy was tried: {steps} steps are too few to see one work, {LEAST_STEPS} are needed"])
     work = metrics.get("processor_seconds_planned", math.inf) if no_dearer else math.inf
+    work -= time.process_time() - begun
     seeds = [(config.seed + n) % 2**63 for n in range(SEEDS)]
     with training.flushed_denormals(), training.threads(config.training.threads):
         terms = Terms(steps, seeds, settings.seconds, planned, math.log(dataset.classes), work)

@@ -2,9 +2,9 @@
 
 Successive halving.  After its first step a change is dropped at which the harm is found still.  The others train for
 S/16 steps, the better quarter of them for S/4.  Who has halved the loss by then is trained for all S, the gentlest of
-the best first, on one seed after the other; but before that for S/4 at twice its rate, and dropped if it does not learn
-there: what works only just inside the edge of stability works on some seeds and not on others.  Where no single change
-passes, those that let the gradient through are raced again, each with a change of the pace.
+the best first, on one seed after the other; but before that for S/4 at twice its rate, and dropped if it has not halved
+the loss there too: what works only just inside the edge of stability works on some seeds and not on others.  Where no
+single change passes, those that let the gradient through are raced again, each with a change of the pace.
 
 Source:
     Jamieson & Talwalkar 2016 (successive halving); LeCun et al. 1998, section 5 (on a parabola the best rate is half of
@@ -37,7 +37,7 @@ LEAST_STEPS = 50  # in fewer not even a healthy net halves its loss
 FIRST_SHARE, SECOND_SHARE = 16, 4  # of S: steps of the first and of the second round
 FEWEST_STEPS = 10  # of the first round
 KEPT = 4  # one of so many goes on
-FINALISTS = 3
+FINALISTS = 3  # of a race, at least
 PAIRED = 3  # changes of what flows that are paired
 MOST_PAIRS = 9  # in a race: of three changes each with two rates and an optimizer
 
@@ -132,9 +132,20 @@ def rounds(steps: int) -> list[int]:
 
     Example:
         >>> rounds(200), rounds(50)
-        ([1, 12, 50, 200], [1, 10, 12, 50])
+        ([1, 12, 50, 200], [1, 10, 25, 50])
     """
-    return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), max(steps // SECOND_SHARE, FEWEST_STEPS), steps})
+    second = max(steps // SECOND_SHARE, min(steps // 2, LEAST_STEPS))  # sooner than that few can be seen to learn
+    return sorted({1, max(steps // FIRST_SHARE, FEWEST_STEPS), second, steps})
+
+
+def soonest(steps: int) -> int:
+    """Steps after which who learns must be seen to: S/4, and as many as learning takes at least.
+
+    Example:
+        >>> soonest(200), soonest(100), soonest(400)
+        (50, 50, 100)
+    """
+    return max(steps // SECOND_SHARE, LEAST_STEPS)
 
 
 @dataclass(frozen=True)
@@ -168,11 +179,13 @@ class Search:
         self.begun, self.worked = time.perf_counter(), time.process_time()
         self.paces: list[float] = []  # seconds a step, of each trial so far
         self.asides: list[float] = []  # seconds a trial takes beside its steps
-        self.before = {n: before(n) for n in rounds(self.steps)} if before else {}
+        self.lengths = sorted({*rounds(self.steps), soonest(self.steps)})
+        self.before = {n: before(n) for n in self.lengths} if before else {}
         self.came: dict[str, list[Outcome]] = {}  # name -> of the most steps, by seed
         self.tried: dict[str, Candidate] = {}
         self.notes: list[str] = []
         self.edge: set[str] = set()  # names of those that do not learn at twice their rate
+        self.left_out = False  # some, for want of time
         self.winner: Candidate | None = None
         self.interrupted = False
 
@@ -191,10 +204,14 @@ class Search:
 
     def first_of_all(self) -> Candidate | None:
         """The first candidate, then the first pair, that works: each for all steps.  Takes as long as it takes."""
-        for n in rounds(self.steps):
+        for n in self.lengths:
             self.before[n] = self._try(None, self.seeds[0], n)
         flow, pace = self._parted()
-        return next((arm for arm in (*self.candidates, *pairs(flow, pace)) if self._confirm(arm)), None)
+        for arm in (*self.candidates, *pairs(flow, pace)):
+            self._first(arm, rounds(self.steps)[-2])
+            if self._confirm(arm):
+                return arm
+        return None
 
     def left(self) -> float:
         """Seconds, of the clock or of the processor, whichever are fewer."""
@@ -210,29 +227,40 @@ class Search:
         return statistics.median(self.asides) + steps * statistics.median(self.paces) if self.paces else 0.0
 
     def _search(self) -> None:
-        """Single changes; where none passes, those on their way still, and pairs."""
-        for n in rounds(self.steps):
+        """Single changes; where none passes, those on their way still, and pairs: first what is at the edge, slower."""
+        for n in self.lengths:
             if n not in self.before:
                 self.before[n] = self._try(None, self.seeds[0], n)
                 self._see_whether_it_is_worth_it()
         singles = self._race(self._alive(self.candidates))
         sure = [a for a in singles if self._share(a) <= HALVED]
-        if not self._first_that_passes(sure):
-            self._first_that_passes([a for a in singles if a not in sure] + self._race(self._pairs(singles)))
+        if self._first_that_passes(sure):
+            return
+        unsure = [a for a in singles if a not in sure]
+        flow = sorted(self._parted()[0], key=lambda c: (c not in singles, *self._flows(c)))
+        edge = [c for c in flow if c.name in self.edge]
+        for some in filter(None, (edge, [c for c in flow if c not in edge])):
+            if self._first_that_passes(unsure + self._race(self._pairs(some[:PAIRED]))):
+                return
+            unsure = []
+        if self.left_out:
+            raise OutOfTimeError
 
-    def _pairs(self, on_course: Sequence[Candidate]) -> list[Candidate]:
-        """Of the changes of what flows those at the edge, slowed down; else those on course, then the nearest to it."""
-        flow, pace = self._parted()
-        known = [c for c in flow if c.name in self.edge] or [c for c in flow if c.name in self.came]
-        known.sort(key=lambda c: (c not in on_course, *self._flows(c)))
-        turns = itertools.zip_longest(*(pairs([one], self._fitting(one, pace)) for one in known[:PAIRED]))
-        return [p for turn in turns for p in turn if p is not None][:MOST_PAIRS]  # each one's first pace first
+    def _pairs(self, flow: Sequence[Candidate]) -> list[Candidate]:
+        """Each with what its pace lacks, each one's likeliest before the second of any."""
+        pace = self._parted()[1]
+        turns = itertools.zip_longest(*(pairs([one], self._fitting(one, pace)) for one in flow))
+        return [p for turn in turns for p in turn if p is not None][:MOST_PAIRS]
 
     def _fitting(self, arm: Candidate, pace: Sequence[Candidate]) -> list[Candidate]:
-        """Slower where its loss rose, was not finite or is at the edge, faster where it fell, all where it stood."""
+        """Slower where its loss rose, was not finite or is at the edge, faster where it fell, all where it stood.
+
+        An optimizer with a rate of its own first: it needs no guess of the direction.
+        """
         share = self._share(arm)
         away = 1 if arm.name in self.edge or not share <= 1 / LOWER else -1 if share < LOWER else 0
-        return [p for p in pace if not away or p.direction != away]
+        fitting = [p for p in pace if not away or p.direction != away]
+        return sorted(fitting, key=lambda p: p.level != "optimizer")
 
     def _see_whether_it_is_worth_it(self) -> None:
         """Raise OutOfTimeError where the time allowed is less than one remedy needs."""
@@ -260,8 +288,11 @@ class Search:
     def _race(self, arms: Sequence[Candidate]) -> list[Candidate]:
         """Those on course after S/4 steps."""
         first, second = rounds(self.steps)[1], rounds(self.steps)[-2]
-        spare = self.left() - len(self.seeds) * self._cost(self.steps) - FINALISTS * self._cost(second)
-        arms = list(arms)[: max(int(spare / max(self._cost(first), 1e-9)), 0)]
+        to_come = len(self.seeds) * self._cost(self.steps) + self._cost(soonest(self.steps))  # of a winner
+        spare = self.left() - to_come - FINALISTS * self._cost(second)
+        room = max(int(spare / max(self._cost(first), 1e-9)), 0)
+        self.left_out |= room < len(arms)
+        arms = list(arms)[:room]
         for arm in arms:
             self._first(arm, first)
         arms = sorted(arms, key=self._rank)[: max(math.ceil(len(arms) / KEPT), FINALISTS)]
@@ -273,12 +304,10 @@ class Search:
         return on_course
 
     def _first_that_passes(self, arms: Sequence[Candidate]) -> bool:
-        """Whether one of the best was seen to work."""
+        """Whether one of them was seen to work, the best tried first."""
         left = list(arms)
-        for _ in range(FINALISTS):
-            if not left:
-                break
-            arm = self._gentlest(left)
+        while left:
+            arm = self._likeliest(left)
             left.remove(arm)
             if self._confirm(arm):
                 self.winner = arm
@@ -286,13 +315,12 @@ class Search:
         return False
 
     def _confirm(self, arm: Candidate) -> bool:
-        """Train it at twice its rate for S/4 steps, then on one seed after the other for all, until it fails."""
-        quarter = rounds(self.steps)[-2]
-        fast = self._try(arm, self.seeds[0], quarter, FASTER)
-        self.came.setdefault(arm.name, [])
-        if not fast.loss <= LOWER * reference(self.before[quarter], fast, self.guess):
+        """Train it at twice its rate until it must be seen to learn, then for all steps, seed after seed."""
+        some, enough = soonest(self.steps), HALVED if self._share(arm) <= HALVED else LOWER
+        fast = self._try(arm, self.seeds[0], some, FASTER)
+        if not fast.loss <= enough * reference(self.before[some], fast, self.guess):
             self.edge.add(arm.name)
-            self.notes.append(f"{arm.name}: at twice its rate it does not learn, so near is it to the edge")
+            self.notes.append(f"{arm.name}: at twice its rate it learns no more, so near is the edge of stability")
             return False
         before = self.before[self.steps]
         for seed in self.seeds:
@@ -302,14 +330,24 @@ class Search:
                 return False
         return judge(before, self.came[arm.name], self.guess, len(self.seeds)) == "works"
 
-    def _gentlest(self, arms: Sequence[Candidate]) -> Candidate:
-        """The gentlest of those that are as good as the best, where that is good enough; else the best."""
+    def _likeliest(self, arms: Sequence[Candidate]) -> Candidate:
+        """The gentlest of those as good as the best, if that has halved the loss; else a single change that will.
+
+        Else the best.
+        """
         lost = {a.name: self.came[a.name][0].loss for a in arms}
         best = min(arms, key=lambda a: lost[a.name])
-        if self._share(best) > HALVED:
-            return best
-        equal = [a for a in arms if lost[a.name] <= SAME_LOSS * lost[best.name]]
-        return min(equal, key=lambda a: (a.weight, lost[a.name]))
+        if self._share(best) <= HALVED:
+            equal = [a for a in arms if lost[a.name] <= SAME_LOSS * lost[best.name]]
+            return min(equal, key=lambda a: (a.weight, lost[a.name]))
+        single = [a for a in arms if a in self.candidates and self._is_going_to_halve(a)]
+        return min(single or arms, key=lambda a: lost[a.name])
+
+    def _is_going_to_halve(self, arm: Candidate) -> bool:
+        """Its loss after all steps is half of what it is held against, if in each S/4 it falls by the same share."""
+        came = self.came[arm.name][0]
+        expected = came.loss * self._share(arm) ** (self.steps / came.steps - 1)
+        return expected <= HALVED * reference(self.before[self.steps], came, self.guess)
 
     def _keep(self, arms: Sequence[Candidate]) -> None:
         """Let go of all other trainings."""

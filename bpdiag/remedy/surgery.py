@@ -5,6 +5,7 @@ Each is one line to paste after the model is made and before its optimizer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +41,8 @@ ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.Softsign: "softsign",
     nn.LogSigmoid: "log_sigmoid",
 }
+# that leave the shape as it is
+ELEMENTWISE = (*ACTIVATION_MODULES, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Dropout)
 SWEEPS = 20  # of ``rescale``, at most; a relu net needs one
 CLOSE = 0.02  # decades that a gain may be off: 5 %
 MOST = 10.0  # that one sweep multiplies a weight by, or divides
@@ -176,6 +179,69 @@ def normalize(model: nn.Module) -> None:
         else:
             norm = norms[layer.weight.dim() - 2](layer.out_channels)
         setattr(parent, name, nn.Sequential(layer, norm.to(layer.weight)))
+
+
+class Residual(nn.Module):
+    """x + scale * branch(x), of a branch that leaves the shape as it is."""
+
+    def __init__(self, branch: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.branch, self.scale = branch, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What comes in, and what the branch adds to it."""
+        return x + self.scale * self.branch(x)
+
+
+def residual(model: nn.Module) -> None:
+    """x + branch(x) / sqrt(blocks) for every block of the model's nn.Sequentials and nn.ModuleLists.
+
+    A block is a layer that leaves the shape as it is and, in a Sequential, the norms, activations and dropout behind
+    it.  The sum stands where the layer stood, and nn.Identity in the place of the rest.
+
+    Raises:
+        UsageError: There is no block.
+
+    Source:
+        He et al. 2016; the scale: Hanin & Rolnick 2018, De & Smith 2020.
+
+    Example:
+        >>> net = nn.Sequential(*[nn.Linear(4, 4), nn.Tanh()] * 2, nn.Linear(4, 2))
+        >>> residual(net)
+        >>> [type(m).__name__ for m in net], net[0].scale
+        (['Residual', 'Identity', 'Residual', 'Identity', 'Linear'], 0.7071067811865475)
+    """
+    found = list(blocks(model))
+    if not found:
+        raise UsageError("no block of the model leaves its shape as it is")
+    for parent, names in found:
+        inside = [getattr(parent, name) for name in names]
+        branch = nn.Sequential(*inside) if len(inside) > 1 else inside[0]
+        setattr(parent, names[0], Residual(branch, 1 / math.sqrt(len(found))))
+        for name in names[1:]:
+            setattr(parent, name, nn.Identity())
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
+    """(a Sequential or ModuleList, the names in it of the modules of one block) of every block that can be a branch."""
+    for parent in model.modules():
+        if not isinstance(parent, nn.Sequential | nn.ModuleList):
+            continue
+        children = [(name, parent._modules[name]) for name in parent._modules]
+        for n, (name, layer) in enumerate(children):
+            if isinstance(layer, nn.Linear | _ConvNd) and _leaves_shape(layer):
+                tail = itertools.takewhile(lambda child: isinstance(child[1], ELEMENTWISE), children[n + 1 :])
+                yield parent, [name, *([key for key, _ in tail] if isinstance(parent, nn.Sequential) else [])]
+
+
+def _leaves_shape(layer: nn.Linear | _ConvNd) -> bool:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features == layer.out_features
+    same = layer.padding == "same" or all(
+        s == 1 and isinstance(p, int) and 2 * p == d * (k - 1)
+        for s, p, d, k in zip(layer.stride, layer.padding, layer.dilation, layer.kernel_size, strict=True)
+    )
+    return same and not layer.transposed and layer.in_channels == layer.out_channels
 
 
 def register(model: nn.Module) -> None:

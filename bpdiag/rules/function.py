@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 
 
 class Rule:
@@ -96,7 +97,8 @@ def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
 
         @staticmethod
         def forward(*inputs: Any) -> Tensor:
-            return rule.forward(*inputs)
+            y = rule.forward(*inputs)
+            return y if torch.compiler.is_compiling() or not is_batchedtensor(y) else _owned_by_all(y)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,6 +126,11 @@ def _function(rule: type[Rule]) -> type[torch.autograd.Function]:
     return type(rule.__name__, (Template,), {})  # named when made: the node in the graph is <name>Backward
 
 
+def _owned_by_all(y: Tensor) -> Tensor:
+    """Under vmap torch's own functions may give a view of what holds all members."""
+    return y.clone() if get_unwrapped(y)._is_view() else y
+
+
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype or not t.is_floating_point() else t.to(dtype)
 
@@ -136,3 +143,14 @@ def wide(t: Tensor) -> Tensor:
         (torch.float32, torch.float64)
     """
     return t.float() if t.element_size() < 4 else t
+
+
+def owned(y: Tensor) -> Tensor:
+    """The same numbers, no view: one made inside a rule could not be changed in place.  A compiler has no views.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> owned(x) is x, owned(x[:]) is x[:]
+        (True, False)
+    """
+    return y if torch.compiler.is_compiling() or not y._is_view() else y.clone()

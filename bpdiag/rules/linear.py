@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bpdiag.rules.arguments import floats, shaped, wrong
-from bpdiag.rules.function import Rule
+from bpdiag.rules.function import Rule, owned
 
 
 class Linear(Rule):
@@ -41,8 +41,7 @@ class Linear(Rule):
         if x.shape[-1:] != W.shape[1:]:
             raise wrong("linear", "x", x, f"shape (..., {W.shape[1]}), for W {tuple(W.shape)}")
         shaped("linear", "b", b, W.shape[:1], "a number for each output")
-        z = nn.functional.linear(x, W, b)
-        return z.clone() if z._is_view() else z  # one made inside a rule could not be changed in place
+        return owned(nn.functional.linear(x, W, b))
 
     @classmethod
     def keeps(cls, inputs: tuple[Any, ...], output: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -91,7 +91,7 @@ class BatchNorm(Rule):
             r = r if g.numel() else torch.zeros_like(r)  # of no numbers the mean is nan
             g_gamma = r * (g * centered).sum(over, keepdim=True)
             if needs[0]:
-                per = gamma / (math.prod(g.shape[d] for d in over) or 1)
+                per = gamma / (math.prod([g.shape[d] for d in over]) or 1)
                 g_x = _pulled(g, centered, r, gamma * r, per * g_beta, per * g_gamma)
         elif needs[0] or needs[1]:
             r = torch.rsqrt(wide(var) + eps).reshape(channel)

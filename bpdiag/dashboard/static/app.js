@@ -21,7 +21,7 @@ const FRAME = html`<header class="top"><div class="brand">bpdiag <span>Gradient 
 /** host: {runs() -> overviews, run(id) -> detail, live, theme (or null), about}. */
 export async function start(host, root) {
   draw(root, FRAME);
-  const state = { view: null, run: null, step: null, layer: 0, show: "decades", picked: null, sort: ["", 1], rows: "", columns: "", filter: {}, query: "", asked: {} };
+  const state = { view: null, run: null, step: null, layer: 0, show: "decades", zoom: null, picked: null, sort: ["", 1], rows: "", columns: "", filter: {}, query: "", asked: {} };
   const live = $("[aria-live]", root), view = $("#view", root);
   const app = { runs: [], run: null, state, host, say: (text) => { live.textContent = text; }, keep, go };
   let shown = null, width = 0, turn = 0;
@@ -34,7 +34,7 @@ export async function start(host, root) {
   /** Change what is shown; ``focus`` has the keyboard afterwards; ``again``: the run has grown and is read anew. */
   async function go(change, focus, again = false) {
     const mine = ++turn, held = focus ?? holder(document.activeElement, change);
-    if (change.run !== undefined && change.run !== state.run) change = { step: null, layer: 0, ...change };
+    if (change.run !== undefined && change.run !== state.run) change = { step: null, layer: 0, zoom: null, ...change };
     Object.assign(state, change);
     if (state.view !== "compare" && (again || state.run !== app.run?.id)) {
       if (!again) draw(view, html`<p class="note">Reading ${name(state.run)} …</p>`);
@@ -66,7 +66,7 @@ export async function start(host, root) {
   /** The step and layer that one wants to see first: where the first finding begins, the input side. */
   function settle() {
     const { run } = app, count = run.steps.length;
-    if (state.step === null || state.step === undefined) state.step = state.asked.step === undefined ? run.column(run.findings[0]?.onset_step ?? run.last?.step ?? 0) : run.column(Number(state.asked.step));
+    if (state.step === null || state.step === undefined) state.step = state.asked.step === undefined ? run.findings.length ? run.telling(run.findings[0]) : run.column(run.last?.step ?? 0) : run.column(Number(state.asked.step));
     state.step = Math.max(0, Math.min(count - 1, state.step));
     state.layer = Math.max(0, Math.min(run.top, Number(state.asked.layer ?? state.layer) || 0));
     state.asked = {};

@@ -72,7 +72,7 @@ export function chain(root, app) {
           <rect x="${x}" y="0" width="${cell}" height="${top + height + 20}" fill="transparent" style="cursor:pointer"/></g>`;
       })}
       ${finite(told.closing) && finite(running[chosen]) ? closing() : ""}
-      <text class="f" x="${x0}" y="${top + height + 38}">running product, from the cost (left) down</text>
+      ${W < 600 ? "" : html`<text class="f" x="${x0}" y="${top + height + 38}">running product, from the cost (left) down</text>`}
       ${[["--weights", "weights"], ["--slopes", "slopes"], ["--other", "both, or what closes it"]].map(([color, text], k) => html`<rect x="${W - 300 + k * 82}" y="${top + height + 29}" width="10" height="10" fill="var(${color})"/><text class="s" x="${W - 285 + k * 82}" y="${top + height + 38}">${text}</text>`)}
       <g class="axis"><rect x="-2" y="0" width="${x0 - 4}" height="${top + height + 20}" fill="var(--page)"/><text class="f tiny" x="0" y="48">factor</text>${lines.map((v) => html`<text class="f" x="${x0 - 10}" y="${y(v) + 4}" text-anchor="end">${powerSvg(v, 0)}</text>`)}</g>`);
     pin();

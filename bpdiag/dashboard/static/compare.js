@@ -64,11 +64,12 @@ export function compare(root, app) {
 }
 
 function cells(host, app, { shown, keys, row, column, low, limit }) {
-  const rows = row ? keys.get(row) : [null], across = column ? keys.get(column) : row ? [null] : [];
+  const told = (key) => [...keys.get(key), ...(shown.some((run) => run.config[key] === undefined) ? [undefined] : [])]; // a run watched by itself has no settings
+  const rows = row ? told(row) : [null], across = column ? told(column) : row ? [null] : [], labelled = (key, v) => `${short(key)} ${v ?? "not told"}`;
   const flat = !across.length, columns = flat ? Math.min(6, Math.max(1, shown.length)) : across.length;
   const groups = flat ? shown.map((run) => ({ told: [run], label: run.id })) : rows.flatMap((r) => across.map((c) => ({
     told: shown.filter((run) => run.config[row] === r && (column === null || run.config[column] === c)),
-    label: [row && `${short(row)} ${r}`, column && `${short(column)} ${c}`].filter(Boolean).join(", ") })));
+    label: [row && labelled(row, r), column && labelled(column, c)].filter(Boolean).join(", ") })));
   host.style.setProperty("--columns", columns);
   host.style.gridTemplateColumns = `${flat ? "" : "88px "}repeat(${columns}, minmax(0, 1fr))`;
   const width = Math.max(30, (host.clientWidth - (flat || host.clientWidth < 560 ? 0 : 98)) / columns - 26);
@@ -76,14 +77,14 @@ function cells(host, app, { shown, keys, row, column, low, limit }) {
     if (!told.length) return html`<span class="cell faint">no run</span>`;
     const word = SEVERITY.find((w) => told.some((run) => run.verdict === w)) ?? told[0].verdict, same = told.filter((run) => run.verdict === word).length;
     const all = told.map((run) => lowest(run)).filter(finite).sort((a, b) => a - b), middle = all.length ? all[all.length >> 1] : null, right = told.map((run) => number(run.accuracy)).filter(finite);
-    const picked = told.map((run) => app.state.picked.indexOf(run.id)).filter((k) => k >= 0), accuracy = right.length ? right.reduce((a, b) => a + b) / right.length : null;
+    const picked = told.map((run) => app.state.picked.indexOf(run.id)).filter((k) => k >= 0).sort(), accuracy = right.length ? right.reduce((a, b) => a + b) / right.length : null;
     const of = told.length > 1 ? ` ${same} of ${told.length}` : "";
     return html`<button type="button" class="cell" data-pick="${JSON.stringify(told.slice(0, LETTERS.length).map((run) => run.id))}" aria-pressed="${picked.length > 0}"><span class="hidden">${flat ? "" : `${label}: `}</span>
       <span class="verdict ${verdictClass(word)}" style="font-size:12px">${glyph(word)}<span class="unless-narrow"> ${word}${of}</span></span>${picked.length ? html`<span class="key">${picked.map((k) => LETTERS[k])}</span>` : ""}
       ${miniature(told, width, 46, low, limit)}<span class="ends"><span>${finite(middle) ? power(middle) : odd(middle)}</span><span class="faint wide">${finite(accuracy) ? percent(accuracy) : ""}</span></span>${flat ? html`<span class="faint">${title(label)}</span>` : ""}</button>`;
   };
-  draw(host, html`${flat ? "" : html`<span class="h corner"></span>${across.map((c) => html`<span class="h">${column ? `${short(column)} ${c}` : ""}</span>`)}`}
-    ${flat ? groups.slice(0, 60).map(cell) : rows.map((r, k) => html`<span class="h row">${short(row)} ${String(r)}</span>${groups.slice(k * across.length, (k + 1) * across.length).map(cell)}`)}`);
+  draw(host, html`${flat ? "" : html`<span class="h corner"></span>${across.map((c) => html`<span class="h">${column ? labelled(column, c) : ""}</span>`)}`}
+    ${flat ? groups.slice(0, 60).map(cell) : rows.map((r, k) => html`<span class="h row">${labelled(row, r)}</span>${groups.slice(k * across.length, (k + 1) * across.length).map(cell)}`)}`);
   for (const button of $$("[data-pick]", host)) button.onclick = () => pick(app, JSON.parse(button.dataset.pick), button);
 }
 

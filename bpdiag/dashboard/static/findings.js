@@ -33,7 +33,7 @@ function evidence(finding, run) {
 }
 
 function one(finding, k, run) {
-  const names = finding.layers.map(short), span = names.length > 3 ? `${names[0]} to ${names.at(-1)} (${names.length} layers)` : names.join(", ");
+  const names = finding.layers.map((key) => run.layers.find((layer) => layer.key === key)?.name ?? short(key)), span = names.length > 3 ? `${names[0]} to ${names.at(-1)} (${names.length} layers)` : names.join(", ");
   return html`<article class="finding ${finding.severity} ${verdictClass(wordOf(finding))}">${finding.sentence === run.sentence ? "" : html`<h2>${glyph(wordOf(finding))} ${sentence(finding.sentence)}</h2>`}
     <p><b>${spelled(finding.kind)} by ${finding.cause}</b> <span class="soft">(${finding.severity === "harm" ? "harm" : "a warning"}), from step ${finding.onset_step}${span ? html`, <bdi>${span}</bdi>` : ""}</span>
     <button type="button" class="link" data-finding="${k}">Show it in the map</button></p>
@@ -49,7 +49,7 @@ export function findings(root, app) {
     ${run.notes.length ? html`<h2>Notes</h2>${run.notes.map((text) => html`<p class="soft">${sentence(text)}.</p>`)}` : ""}</div>
     <figure class="strip"></figure></div><div class="tried"></div>
     <h2>Where the numbers come from</h2><p class="note">${facts.command ? html`<code>${facts.command}</code><br>` : ""}${name(facts.folder)}. ${versions.join(", ")}${facts.machine ? `; ${facts.machine}` : ""}${run.config.seed === undefined ? "" : `; seed ${run.config.seed}`}; optimizer ${facts.optimizer.name ?? "not told"}${facts.every ? `; every ${facts.every} steps measured` : ""}.</p>`);
-  const step = found.length ? run.column(found[0].onset_step) : run.column(run.first?.step ?? 0);
+  const step = found.length ? run.telling(found[0]) : run.column(run.first?.step ?? 0);
   const svg = strip($(".strip", root), run, step);
   if (run.remedies.length) remedies($(".tried", root), run);
   for (const button of $$("[data-finding]", root)) {

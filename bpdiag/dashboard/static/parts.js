@@ -1,7 +1,7 @@
 // A run unpacked, and the pieces that several views share.
 
 import { special } from "./color.js";
-import { ending, finite, fixed, html, number, odd, plainNumber, sentence, visible } from "./format.js";
+import { ending, factor, finite, fixed, html, number, odd, plainNumber, sentence, visible } from "./format.js";
 
 export const $ = (query, root = document) => root.querySelector(query);
 export const $$ = (query, root = document) => [...root.querySelectorAll(query)];
@@ -19,22 +19,31 @@ export const folder = (id) => id.slice(0, Math.max(0, id.lastIndexOf("/")));
 
 const NO_NUMBERS = { "-32768": null, "-32767": NaN, "-32766": -Infinity, 32767: Infinity };
 
-function unpacked(block) {
-  const bytes = Uint8Array.from(atob(block.data), (c) => c.charCodeAt(0));
-  const view = new DataView(bytes.buffer);
-  return Array.from({ length: bytes.length / 2 }, (_, i) => {
-    const whole = view.getInt16(2 * i, true);
-    return whole in NO_NUMBERS ? NO_NUMBERS[whole] : whole * block.scale;
-  });
+function unpacked({ data, scale }) {
+  const bytes = atob(data), out = new Array(bytes.length / 2);
+  for (let i = 0; i < out.length; i++) {
+    const whole = ((bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8)) << 16) >> 16;
+    out[i] = whole > -32766 && whole < 32767 ? whole * scale : NO_NUMBERS[whole];
+  }
+  return out;
+}
+
+/** Blocks that are unpacked when they are first looked at: of a long run one sees a few of them. */
+function lazily(packed) {
+  const blocks = {};
+  for (const [key, block] of Object.entries(packed)) {
+    let numbers;
+    Object.defineProperty(blocks, key, { get: () => (numbers ??= unpacked(block)) });
+  }
+  return blocks;
 }
 
 /** What ``views.detail`` tells of a run, its blocks as numbers: C columns of L layers, layer 0 at the input. */
 export class Run {
   constructor(told) {
     Object.assign(this, told);
-    const blocks = (packed) => Object.fromEntries(Object.entries(packed).map(([key, block]) => [key, unpacked(block)]));
-    this.series = blocks(told.series);
-    this.peaks = blocks(told.peaks);
+    this.series = lazily(told.series);
+    this.peaks = lazily(told.peaks);
     this.limit = -Math.log10(this.planned || 1000);
     this.top = this.layers.length - 1;
   }
@@ -45,12 +54,21 @@ export class Run {
   /** What a map draws there: of the column's whole span the number farthest from 1. */
   peak(key, i, l) { return (this.peaks[key] ?? this.series[key])[i * this.layers.length + l]; }
 
+  /** [ends, log10 of what it carries] of each way around a layer, or of all. */
+  ways(i, l) {
+    const all = this.around.map((ends, k) => [ends, this.series.around[i * this.around.length + k]]);
+    return l === undefined ? all : all.filter(([[low, high]]) => low < l && l <= high);
+  }
+
   /** Why a number is missing, where that was told. */
   reason(column, i, l) {
     const step = this.steps[i];
     const gap = this.gaps.find((g) => g[0] === l && g[1] === column && g[2] <= step && step <= g[3]);
     return gap ? gap[4] : "not measured";
   }
+
+  /** The column that shows a finding best: where it begins; of numbers that stop being finite the last that were. */
+  telling(finding) { return Math.max(0, this.column(finding.onset_step) - (finding.kind === "non_finite")); }
 
   column(step) {
     const at = this.spans.length ? this.spans.findIndex(([, last]) => last >= step) : this.steps.findIndex((s) => s >= step);
@@ -87,13 +105,23 @@ export function labels(run, most, least = 0) {
   return { width: Math.max(least, Math.round(room * 6.3) + 14), text: (l) => ending(run.layers[l].name, room) };
 }
 
+export const WAYS = 14; // px left of a chart for the ways around layers
+
+export const layersOf = (count) => `${count} ${count === 1 ? "layer" : "layers"}`;
+
+/** Each way around layers, as a residual block's skip, an arc at x; ``edge(l)`` is the upper edge of a layer's row. */
+export const arcs = (run, i, x, edge) => run.ways(i).map(([[low, high], carries]) => html`<path d="M${x} ${edge(low)}C${x - WAYS} ${edge(low)} ${x - WAYS} ${edge(high)} ${x} ${edge(high)}" fill="none" stroke="var(--soft)" stroke-width="1.3"><title>a way around ${layersOf(high - low)}${finite(carries) ? html`, carries × ${factor(carries, (d) => `10^${fixed(d)}`)}` : ""}</title></path>`);
+
 /** Every how many rows a label fits. */
 export const everyLabel = (rowHeight) => Math.max(1, Math.ceil(13 / rowHeight));
+
+/** Whether a row's numbers stand: those of every k-th, and the chosen one's in the place of its neighbours'. */
+export const told = (named, row, chosen, rowHeight) => row === chosen || (named && Math.abs(row - chosen) * rowHeight >= 12);
 
 export const ROOMY = 96; // px left of a chart that hold "guessing 2.30"
 
 /** The loss curve, which is the step slider too; from x0 to x1 it lines up with the columns of the map below. */
-export function timeBar(host, run, state, x0, x1, moved) {
+export function timeBar(host, run, state, x0, x1, moved, shown = null) {
   const count = run.steps.length, width = (x1 - x0) / count, top = 17, bottom = 48;
   const { steps, low, high } = run.curve;
   const first = low.map(number), last = high.length ? high.map(number) : first;
@@ -117,13 +145,14 @@ export function timeBar(host, run, state, x0, x1, moved) {
   const bad = steps.findIndex((_, k) => !finite(last[k]) || !finite(first[k]));
   const left = x0 - 8, wide = x0 >= ROOMY;
   draw(host, html`<svg width="${x1 + 2}" height="62" aria-hidden="true">
+    ${shown ? html`<rect x="${x0 + shown[0] * width}" y="${top - 5}" width="${(shown[1] - shown[0] + 1) * width}" height="${bottom - top + 5}" fill="var(--accent)" opacity=".13"/>` : ""}
     <line x1="${x0}" x2="${x1}" y1="${bottom}" y2="${bottom}" stroke="var(--rule)"/>
     ${guessing && guessing <= ceiling ? html`<line x1="${x0}" x2="${x1}" y1="${y(guessing)}" y2="${y(guessing)}" stroke="var(--rule)" stroke-dasharray="1 3"/>
     <text class="f" x="${left}" y="${y(guessing) + 4}" text-anchor="end">${wide ? "guessing " : ""}${fixed(guessing, 2)}</text>` : ""}
-    <text class="f" x="${left}" y="${bottom + 4}" text-anchor="end">${there.length ? (wide ? "loss 0" : "0") : "no loss told"}</text>
+    <text class="f" x="${left}" y="${bottom + 4}" text-anchor="end">${there.length ? (wide ? "loss 0" : "0") : (wide ? "no loss told" : "no loss")}</text>
     <path d="${path}" fill="none" stroke="var(--soft)" stroke-width="1.1"/>
     ${bad >= 0 ? html`<text x="${Math.min(position(steps[bad]) + 6, x1 - 170)}" y="${top - 6}" style="fill:var(--nonfinite)">loss not finite from step ${steps[bad]}</text>`
-    : most > ceiling ? html`<text class="f" x="${x1}" y="${top - 8}" text-anchor="end">loss up to ${plainNumber(most)}, cut off here</text>` : ""}
+    : most > ceiling ? html`<text class="f" x="${x1}" y="${top - 8}" text-anchor="end">loss up to ${plainNumber(most)}, cut off</text>` : ""}
     <g class="cursor"></g></svg><input type="range" min="0" max="${count - 1}" value="${state.step}" aria-label="Training step">`);
   const input = $("input", host), cursor = $(".cursor", host);
   const lossAt = (step) => { const k = steps.findLastIndex((s) => s <= step); return k < 0 ? null : first[k]; };
@@ -148,14 +177,14 @@ export function timeBar(host, run, state, x0, x1, moved) {
 export const arrow = (key, count) =>
   ({ ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1], PageUp: [0, 5], PageDown: [0, -5], Home: [-count, 0], End: [count, 0] })[key] ?? null;
 
-/** What keys do over a grid of steps and layers: arrows choose, Enter opens the chain. */
-export const steered = (app, count, n, moved) => (e) => {
-  const way = arrow(e.key, count), { state } = app;
+/** What keys do over a grid of columns and layers, first and last of each: arrows choose, Enter opens the chain. */
+export const steered = (app, columns, layers, moved) => (e) => {
+  const way = arrow(e.key, app.run.steps.length), { state } = app, within = ([a, b], x) => Math.max(a, Math.min(b, x));
   if (e.key === "Enter") app.go({ view: "chain" });
   if (!way) return;
   e.preventDefault();
-  state.step = Math.max(0, Math.min(count - 1, state.step + way[0]));
-  state.layer = Math.max(0, Math.min(n - 1, state.layer + way[1]));
+  state.step = within(columns, state.step + way[0]);
+  state.layer = within(layers, state.layer + way[1]);
   moved();
 };
 

@@ -2,7 +2,7 @@
 
 import { factor, finite, fixed, html, percent, power, powerSvg } from "./format.js";
 import { reading } from "./map.js";
-import { $, draw, everyLabel, header, labels, patternOf, patterns, ROOMY, steered, timeBar } from "./parts.js";
+import { $, arcs, draw, everyLabel, header, labels, patternOf, patterns, ROOMY, steered, timeBar, told, WAYS } from "./parts.js";
 
 /** Owners of the ledger: color variable; what they are called. */
 export const OWNERS = { weights: ["--weights", "size of the weights"], slopes: ["--slopes", "slopes of the activation"], alignment: ["--alignment", "alignment"], other: ["--other", "norms, pools, the rest"] };
@@ -45,8 +45,8 @@ function stack(parts, x, y, height, low, high) {
 export function profile(root, app) {
   const { run, state } = app, n = run.layers.length, count = run.steps.length, theory = run.theory;
   draw(root, html`${header(run, true)}<div class="time"></div><div class="grid profile" tabindex="0" role="application" aria-label="Profile over ${n} layers; up and down choose a layer, left and right a step, Enter opens the chain"><svg class="picture"></svg></div><div class="keys"></div><div class="read"></div>`);
-  const host = $(".profile", root), svg = $("svg", host), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 9) : labels(run, 20, ROOMY);
-  const rowHeight = Math.max(5, Math.min(narrow ? 20 : 21, Math.round(700 / n))), top = 78, height = top + n * rowHeight, x0 = side.width;
+  const host = $(".profile", root), svg = $("svg", host), W = host.clientWidth, narrow = W < 560, side = narrow ? labels(run, 12) : labels(run, 20, ROOMY);
+  const rowHeight = Math.max(5, Math.min(narrow ? 20 : 21, Math.round(700 / n))), top = 78, height = top + n * rowHeight, gutter = run.around.length ? WAYS : 0, x0 = side.width + gutter;
   const charts = W - x0 - (narrow ? 6 : 240), xa = x0 + charts * (narrow ? 0.5 : 0.56), xb = xa + (narrow ? 22 : 46), xc = x0 + charts;
   const columns = [xc + 62, xc + 128, xc + 170, W - 4];
   const y = (l) => top + (n - 1 - l) * rowHeight + rowHeight / 2, skip = everyLabel(rowHeight);
@@ -72,27 +72,27 @@ export function profile(root, app) {
     <text x="${xb}" y="14" font-weight="600">${narrow ? "Who takes it" : "Who takes it on the way to this layer"}</text><text class="f" x="${xb}" y="30">${narrow ? "decades per layer" : "decades per layer: left takes, right gives"}</text>
     ${steps(-takes, gives, narrow ? 2 : 4).map((v) => html`<line x1="${g(v)}" x2="${g(v)}" y1="${top}" y2="${height}" stroke="var(--hair)"/><text class="f" x="${g(v)}" y="${height + 16}" text-anchor="middle">${fixed(v, takes + gives < 1 ? 2 : 1)}</text>`)}
     ${narrow ? "" : ["passes on", "saturated", "dead", "update"].map((t, k) => html`<text class="f" x="${columns[k]}" y="${top - 10}" text-anchor="end">${t}</text>`)}
-    ${run.layers.map((_, l) => ((n - 1 - l) % skip === 0 ? html`<text class="f tiny" x="${x0 - 8}" y="${y(l) + 4}" text-anchor="end">${side.text(l)}</text>` : ""))}
+    ${run.layers.map((_, l) => ((n - 1 - l) % skip === 0 ? html`<text class="f tiny" x="${side.width - 8}" y="${y(l) + 4}" text-anchor="end">${side.text(l)}</text>` : ""))}
     <g class="now"></g>`);
   const now = $(".now", svg), read = $(".read", root), keys = $(".keys", root);
   const move = timeBar($(".time", root), run, state, x0 + 6, narrow ? W - 4 : W - 20, () => update());
 
   function update(say = false, l = state.layer) {
-    const i = state.step, d = run.layers.map((_, k) => run.at("decades", i, k)), told = together(run, i, 0);
+    const i = state.step, d = run.layers.map((_, k) => run.at("decades", i, k)), whole = together(run, i, 0);
     const line = d.map((v, k) => (finite(v) ? `${x(v).toFixed(1)} ${y(k).toFixed(1)}` : null));
     const path = line.map((point, k) => (point ? `${k && line[k - 1] ? "L" : "M"}${point}` : "")).join("");
     const cells = (k) => [run.at("gain", i, k), run.at("saturated", i, k), run.at("dead", i, k), run.at("update_ratio", i, k)];
     const said = [(v) => factor(v, powerSvg), percent, percent, powerSvg];
     const bold = (k) => (k === l ? 600 : 400);
-    draw(now, html`<rect x="0" y="${y(l) - rowHeight / 2}" width="${W}" height="${rowHeight}" fill="var(--accent)" opacity=".1"/>
+    draw(now, html`${arcs(run, i, x0 + 4, (k) => y(k) - rowHeight / 2)}<rect x="0" y="${y(l) - rowHeight / 2}" width="${W}" height="${rowHeight}" fill="var(--accent)" opacity=".1"/>
       <path d="${path}" fill="none" stroke="var(--ink)" stroke-width="1.4"/>
       ${d.map((v, k) => (finite(v) ? html`<circle cx="${x(v)}" cy="${y(k)}" r="${Math.min(rowHeight / 3, k === l ? 5 : 3.4)}" stroke="var(--page)" stroke-width=".8" fill="${v < run.limit ? "var(--dies)" : v > -run.limit ? "var(--blows)" : "var(--ink)"}"/>`
         : html`<rect x="${x0 + 6}" y="${y(k) - rowHeight / 2 + 1}" width="${xa - x0 - 6}" height="${rowHeight - 2}" fill="${patternOf(v)}" opacity=".8"/>`))}
       ${run.layers.map((_, k) => { const parts = ledger(run, i, k); return parts ? stack(parts, g, y(k) - rowHeight / 2 + 1.5, rowHeight - 3, -takes, gives) : ""; })}
       <line x1="${g(0)}" x2="${g(0)}" y1="${top - 4}" y2="${height}" stroke="var(--soft)"/>
-      ${narrow ? "" : run.layers.map((_, k) => ((n - 1 - k) % skip === 0 || k === l ? cells(k).map((v, c) => (finite(v) || v === -Infinity ? html`<text class="tiny ${k === l ? "" : "s"}" font-weight="${bold(k)}" x="${columns[c]}" y="${y(k) + 4}" text-anchor="end">${finite(v) ? said[c](v) : "0"}</text>` : "")) : ""))}
-      ${told ? html`<text class="f tiny" x="${x0 - 8}" y="${height + 40}" text-anchor="end">${narrow ? "Σ" : "all together"}</text>${stack(told.total, x, height + 30, 13, low, high)}<line x1="${x(0)}" x2="${x(0)}" y1="${height + 26}" y2="${height + 46}" stroke="var(--soft)"/>` : ""}`);
-    draw(keys, told ? html`<b>All ${told.counted} layers together, in decades:</b>${Object.values(OWNERS).map(([color, text], k) => html`<span><i class="swatch" style="background:var(${color})"></i>${text} <b>${fixed(told.total[k])}</b></span>`)}<span>sum <b>${fixed(told.total.reduce((a, b) => a + b, 0))}</b>: ${power(d[0])} arrives</span>`
+      ${narrow ? "" : run.layers.map((_, k) => (told((n - 1 - k) % skip === 0, k, l, rowHeight) ? cells(k).map((v, c) => (finite(v) || v === -Infinity ? html`<text class="tiny ${k === l ? "" : "s"}" font-weight="${bold(k)}" x="${columns[c]}" y="${y(k) + 4}" text-anchor="end">${finite(v) ? said[c](v) : "0"}</text>` : "")) : ""))}
+      ${whole ? html`<text class="f tiny" x="${side.width - 8}" y="${height + 40}" text-anchor="end">${narrow ? "Σ" : "all together"}</text>${stack(whole.total, x, height + 30, 13, low, high)}<line x1="${x(0)}" x2="${x(0)}" y1="${height + 26}" y2="${height + 46}" stroke="var(--soft)"/>` : ""}`);
+    draw(keys, whole ? html`<b>All ${whole.counted} layers together, in decades:</b>${Object.values(OWNERS).map(([color, text], k) => html`<span><i class="swatch" style="background:var(${color})"></i>${text} <b>${fixed(whole.total[k])}</b></span>`)}<span>sum <b>${fixed(whole.total.reduce((a, b) => a + b, 0))}</b>: ${power(d[0])} arrives</span>`
       : html`${Object.values(OWNERS).map(([color, text]) => html`<span><i class="swatch" style="background:var(${color})"></i>${text}</span>`)}<span class="note">Not every step of the way up is known, so the shares are not added up.</span>`);
     draw(read, reading(run, i, l));
     if (say) app.say($(".head", read).textContent);
@@ -103,7 +103,7 @@ export function profile(root, app) {
   host.onpointerleave = () => update();
   host.onpointerdown = (e) => { const l = row(e); if (l !== null) { state.layer = l; update(); } };
   host.ondblclick = (e) => { if (row(e) !== null) app.go({ view: "chain" }); };
-  host.onkeydown = steered(app, count, n, () => { move(); update(true); });
+  host.onkeydown = steered(app, [0, count - 1], [0, n - 1], () => { move(); update(true); });
   update();
   const names = ["decades", "gain", "weight_factor", "slope_factor", ...Object.keys(OWNERS).map((o) => `takes_${o}`), "saturated", "dead", "update_ratio"];
   const rows = () => [["step", "layer", ...names], ...run.layers.map((layer, l) => [run.steps[state.step], layer.name, ...names.map((key) => run.at(key, state.step, l))])];
