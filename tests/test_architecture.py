@@ -59,7 +59,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "PIL"},
     ),
     "stacking": (
-        {"backprop", "training", "session", "runlog", "prediction", "hooks", "data", "rules", "dashboard"},
+        {"backprop", "training", "session", "runlog", "prediction", "hooks", "model", "data", "rules", "dashboard"},
         {"torch", "numpy", "pyarrow"},
     ),
     "remedy": (

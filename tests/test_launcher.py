@@ -156,15 +156,15 @@ def test_nothing_in_a_job_folder_tells_which_launcher_ran_it(theirs, capsys):
 
 
 def test_what_no_stack_can_take_runs_in_the_same_grid(capsys):
-    assert main(["-m", *QUICK, "model.name=mlp,cnn", "model.activation=relu,tanh", "model.depth=4"]) == 0
+    assert main(["-m", *QUICK, "model.name=mlp,cnn", "model.activation=relu,prelu", "model.depth=4"]) == 0
     told = capsys.readouterr().out
     assert "4 of 4 jobs" in told
     table = told[told.index("gain at start") :].splitlines()[1:5]
     assert [line.split()[:2] for line in table] == [
         ["mlp", "relu"],
-        ["mlp", "tanh"],
+        ["mlp", "prelu"],
         ["cnn", "relu"],
-        ["cnn", "tanh"],
+        ["cnn", "prelu"],
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bpdiag import stacking, training
+from bpdiag import model, stacking, training
 from bpdiag.config import (
     Config,
     DataConfig,
@@ -24,6 +24,7 @@ from bpdiag.config import (
     UsageError,
     WatchConfig,
 )
+from bpdiag.data import Split
 from bpdiag.trace import COLUMNS, Trace, plain
 
 RTOL, ATOL = 1e-10, 1e-13
@@ -94,10 +95,42 @@ SWEEPS = {
 }
 
 
+PICTURES = {
+    "cnn, batch norm": [config(a, s, name="cnn", steps=13) for a, s in (("relu", 0), ("tanh", 1), ("gelu", 1))],
+    "cnn, layer norm": [config(a, name="cnn", normalization="layer", steps=13) for a in ("relu", "silu")],
+    "cnn, no norm": [config(a, name="cnn", depth=3, normalization="none", steps=13) for a in ("sigmoid", "relu")],
+    "cnn, adam, dead units": [
+        config("relu", s, name="cnn", depth=4, normalization="none", steps=95, optimizer={"name": "adam", "lr": lr})
+        for s, lr in ((0, 0.03), (1, 0.001))
+    ],
+}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer pictures: a convolution in float64 takes its time."""
+    whole = training.load_data(config())
+
+    def some(split: Split) -> Split:
+        return Split(split.x[:300], split.y[:300])
+
+    small = replace(whole, train=some(whole.train), validation=some(whole.validation), test=some(whole.test))
+    monkeypatch.setattr(training, "load_data", lambda config: small)
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_member_s_folder_is_the_one_it_would_have_left_alone(name, tmp_path):
-    for i, result in enumerate(together(SWEEPS[name], tmp_path / "stack")):
-        alone = training.train(SWEEPS[name][i], tmp_path / "alone")
+    assert_alike_folders(SWEEPS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_so_is_that_of_a_net_of_convolutions(name, tmp_path, few):
+    assert_alike_folders(PICTURES[name], tmp_path)
+
+
+def assert_alike_folders(configs: Sequence[Config], tmp_path: Path) -> None:
+    for i, result in enumerate(together(configs, tmp_path / "stack")):
+        alone = training.train(configs[i], tmp_path / "alone")
         assert_alike(result.trace, alone.trace)
         assert_alike(Trace.load(tmp_path / "stack" / str(i)), alone.trace)
         assert [(f.kind, f.cause, f.layers, f.onset_step) for f in result.findings] == [
@@ -179,7 +212,8 @@ def test_what_no_stack_can_share_makes_two_groups(one, other):
 
 
 @pytest.mark.parametrize(
-    "alone", [config("prelu"), config(name="cnn"), config(backward="autograd"), config(watch={"histograms": True})]
+    "alone",
+    [config("prelu"), config("prelu", name="cnn"), config(backward="autograd"), config(watch={"histograms": True})],
 )
 def test_what_no_stack_takes_is_trained_alone(alone):
     assert stacking.group(alone) is None
@@ -193,12 +227,21 @@ def test_more_than_memory_holds_is_refused_before_anything_is_made(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_look_is_what_the_first_step_measures():
-    configs = [config("tanh", 1), config("sigmoid", weight_variance="torch"), config(name="cnn", depth=3)]
-    told = stacking.look(configs)
-    for one, look in zip(configs[:2], told, strict=False):
+def test_a_look_is_what_the_first_step_measures(few):
+    looked_at = [config("tanh", 1), config("sigmoid", weight_variance="torch"), config(name="cnn", depth=3)]
+    told = stacking.look([*looked_at, config("prelu")])
+    for one, look in zip(looked_at, told, strict=False):
         trace = training.train(replace(one, training=TrainingConfig(steps=1, dtype="float64"))).trace
-        assert look.measured == pytest.approx(trace.value("decades", 0, 0), rel=1e-10)
-        assert look.predicted == trace.meta["predicted"]["decades"][0]
-    assert math.isnan(told[2].measured)
+        first = next(row for row, layer in enumerate(trace.layers) if layer.is_weight_layer)
+        assert look.measured == pytest.approx(trace.value("decades", first, 0), rel=1e-10)
+        assert look.predicted == trace.meta.get("predicted", {"decades": [None]})["decades"][0]
     assert told[2].predicted is None
+    assert math.isnan(told[3].measured)
+
+
+def test_the_memory_told_of_a_net_of_convolutions_is_that_of_what_a_stack_makes():
+    net = model.build(ModelConfig(name="cnn", depth=3), (1, 28, 28), 10, seed=0)
+    weights = sum(p.numel() for p in net.parameters() if p.dim() != 1) + 16 + 32 + 10  # no norm counted
+    activations = 16 * 28 * 28 + 32 * 10 * 10 + 10 + 25 * 28 * 28
+    told = stacking.bytes_of(Config(model=ModelConfig(name="cnn", depth=3)), (1, 28, 28), 10)
+    assert told == 4 * (2 * weights + 64 * activations)

@@ -3,8 +3,8 @@
     size    |x_k| = sqrt(sum_b r_kb^2),  r_kb^2 = sum_n x_knb^2     r tells which samples are not finite
     cosine  c_k = (|sum_b z_kb / r_kb|^2 - B) / (B (B - 1))
 
-Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``.  A step only sums squares; what can wait until
-``read`` waits, and is done for all layers in one operation.
+Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``, of pictures (k, C Q, B, J).  A step only sums
+squares; what can wait until ``read`` waits, and is done for all layers in one operation.
 
 What float32 squares wrongly is squared in float64, at twice the cost.  Which that is, the sample before tells: a number
 that moves by nine decades and more between two samples may be told as 0 or infinite in the later of them.
@@ -59,16 +59,18 @@ class Meter:
         if held is None or held.shape[1] != batch or (held.dtype == x.dtype) != narrow:
             dtype = x.dtype if narrow else self.wide
             held = self._squares[key] = torch.empty(self.K, batch, dtype=dtype, device=self.device)
-            self._sizes[key] = x.shape[1] * batch
+            self._sizes[key] = x[0].numel()
         squares = torch.mul(x, x, out=spare) if narrow else x.to(self.wide).square_()
-        return torch.sum(squares, 1, out=held[s])
+        return torch.sum(squares, _features(x), out=held[s])
 
     def cosine(self, layer: int, s: slice, z: Tensor, squares: Tensor, spare: Tensor) -> None:
         """c of the samples' z, of which ``size`` gave the squares."""
         held = self._together.get(layer)
         if held is None:
-            held = self._together[layer] = torch.empty(self.K, z.shape[1], dtype=z.dtype, device=self.device)
-        torch.sum(torch.div(z, squares.sqrt().to(z.dtype).unsqueeze(1), out=spare), 2, out=held[s])
+            features = z[0].numel() // z.shape[2]
+            held = self._together[layer] = torch.empty(self.K, features, dtype=z.dtype, device=self.device)
+        r = squares.sqrt().to(z.dtype).view(len(z), 1, -1, *[1] * (z.dim() - 3))
+        torch.sum(torch.div(z, r, out=spare), 2, out=held[s].view(len(z), z.shape[1], *z.shape[3:]))
 
     def slopes(self, layer: int, s: slice, kept: Tensor, rule: type[Activation], its: Kernel, spare: Tensor) -> None:
         """How large the slopes are, how many elements pass almost nothing, which units no batch woke lately."""
@@ -168,3 +170,8 @@ class Meter:
         if held is None:
             held = self._numbers[what, layer] = torch.full((self.K,), math.nan, dtype=self.wide, device=self.device)
         held[s] = numbers
+
+
+def _features(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but members and samples."""
+    return (1,) if x.dim() == 3 else (1, 3)

@@ -20,7 +20,14 @@ import pyarrow as pa
 from bpdiag.backprop.meter import Key, Meter, Numbers
 from bpdiag.trace import COLUMNS, ROWS, STEPS, Layer, Missing, Sample, Trace
 
-TENSORS = {"weight": ("z", "g_z"), "norm": ("u", "g_u"), "activation": ("a", "g_out"), "sum": ("s", "g_out")}
+TENSORS = {
+    "input": ("x", ""),
+    "weight": ("z", "g_z"),
+    "norm": ("u", "g_u"),
+    "activation": ("a", "g_out"),
+    "pool": ("p", "g_out"),
+    "sum": ("s", "g_out"),
+}
 NOT_YET = "a_dead_fraction"  # told from the second sample on
 Columns = dict[str, np.ndarray]
 
@@ -110,16 +117,19 @@ class _Table:
         columns = {name: np.full((len(self.batch), len(self.layers)), np.nan) for name in COLUMNS}
         for row, (layer, (kind, number)) in enumerate(zip(self.layers, self.places, strict=True)):
             tensor = "a" if kind == "activation" else "z"
-            elements = np.sqrt(self.batch * layer.shape[-1])
+            elements = np.sqrt(self.batch * math.prod(layer.shape[1:]))
             told = {f"{tensor}_norm": self._of(TENSORS[kind][0], number), f"g_{tensor}_norm": self._own(row)}
             told |= {name.replace("norm", "rms"): x / elements for name, x in told.items()}
             if kind == "activation":
                 passing = self._of("passing", number) / elements**2
                 told["slope_rms"] = self._of("slope_norm", number) / elements
                 told["a_saturated_fraction"] = 1 - passing
-                told["a_dead_fraction"] = self._of("asleep", number) / layer.shape[-1]
+                told["a_dead_fraction"] = self._of("asleep", number) / layer.shape[1]
             elif kind in ("weight", "norm"):
                 told |= self._weight(layer, kind, number)
+            if kind in ("input", "weight") and number == 0:
+                x, read = self._of("x", 0), self.layers[0].fan_in or math.prod(self.layers[0].shape[1:])
+                told |= {"x_norm": x, "x_rms": x / np.sqrt(self.batch * read)}
             for name, x in told.items():
                 columns[name][:, row] = x
         self._between(columns)
@@ -127,16 +137,14 @@ class _Table:
 
     def _weight(self, layer: Layer, kind: str, number: int) -> Columns:
         name = "W" if kind == "weight" else "gamma"
-        size = math.sqrt(layer.shape[-1] * (layer.fan_in or 1))
+        own = layer.shape[1] if kind == "weight" or "batch" in layer.kind else math.prod(layer.shape[1:])
+        size = math.sqrt(own * (layer.fan_in or 1))
         G, clip = self._of(f"g_{name}", number), self.numbers.get(("clip", 0), np.ones(len(self.batch)))
         W, dW = self._of(name, number) / size, self._of(f"d{name}", number) / size
         told = {"W_rms": W, "dW_rms": dW, "update_ratio": dW / W, "g_W_raw_norm": G, "g_W_norm": G * clip}
         told["g_W_stale_norm"] = np.zeros_like(G)
         if kind == "weight":
             told |= {"z_cosine": self._of("z_cosine", number), "W_distinct_rows": self._of("distinct", number)}
-            if number == 0:
-                told["x_norm"] = self._of("x", 0)
-                told["x_rms"] = told["x_norm"] / np.sqrt(self.batch * (layer.fan_in or 1))
         return told
 
     def _between(self, columns: Columns) -> None:
@@ -172,7 +180,7 @@ class _Table:
     def enter_strangers(self, sample: int, told: dict[Key, tuple[np.ndarray, np.ndarray]], columns: Columns) -> None:
         """In how many samples of the batch a line's numbers are not finite; which one, where it is one alone."""
         for row, (kind, number) in enumerate(self.places):
-            keys: list[Key] = [("x", 0)] if kind == "weight" and number == 0 else []
+            keys: list[Key] = [("x", 0)] if kind in ("weight", "input") and number == 0 else []
             keys += [(what, number) for what in TENSORS[kind]]
             counts = next((told[key] for key in keys if key in told), None)
             if counts is not None:
@@ -185,11 +193,15 @@ class _Table:
 
 def _place(layer: Layer) -> tuple[str, int]:
     """What a line is, and of which weight layer, which is the number in its name."""
+    if layer.kind == "unflatten":
+        return "input", 0
     own = layer.activation or ""  # which may end in a number itself
     number = int(re.findall(r"\d+$", layer.name.removeprefix(own))[0]) - 1
     if layer.is_weight_layer:
         return "weight", number
-    return "sum" if layer.kind == "sum" else "activation" if layer.activation else "norm", number
+    if layer.activation:
+        return "activation", number
+    return {"sum": "sum", "maxpool2d": "pool", "flatten": "pool"}.get(layer.kind, "norm"), number
 
 
 def _as_rows(

@@ -7,7 +7,8 @@
 One backward sweep yields the slope of every weight of every member, and each shared factor is computed once.
 
 Letters: K members, N features, B samples, L weight layers.  Feature-major: every activation is (K, N, B), every weight
-(K, N_out, N_in), so that nothing but the batch itself is ever transposed in memory.  Nothing of the size of an
+(K, N_out, N_in), so that nothing but the batch itself is ever transposed in memory.  Convolutions, with the places of
+a picture among the samples, are in ``conv``.  Nothing of the size of an
 activation is allocated in a step, and the host reads nothing.  Members go through in chunks that a cache holds; what
 they compute does not depend on it, nor on their neighbors: an operation of a stack is K operations.
 
@@ -20,7 +21,7 @@ follows, on what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
@@ -29,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bpdiag.backprop.conv import Convolution, patches
 from bpdiag.backprop.kernels import Kernel, kernel
-from bpdiag.backprop.layers import check, modules_of, parameters_of
+from bpdiag.backprop.layers import arranged, check, modules_of, parameters_of
 from bpdiag.backprop.meter import Meter, Numbers
 from bpdiag.backprop.update import Named, Optimizer, Parameter, Update
 from bpdiag.rules import Activation
@@ -58,7 +60,7 @@ class _Reading(NamedTuple):
     order: int
     number: int
     W: Tensor
-    z: Tensor
+    z: Sequence[Tensor]  # of a convolution place by place of the window: equal patches give equal bits, and tie in it
     V: Tensor
     G: Tensor
     g: list[Tensor]
@@ -73,21 +75,28 @@ class _Step:
     b: Parameter
     gamma: Parameter | None
     beta: Parameter | None
-    z: Tensor  # of a normalized layer a buffer that others use too
-    xn: Tensor
+    z: Tensor  # of a normalized layer xn, once that is known
     u: Tensor  # what the activation reads
     a: Tensor
     out: Tensor  # what the next layer reads
     out_transposed: Tensor
     g: list[Tensor]  # room for three cotangents
+    arrives: list[Tensor]  # the same memory, in the shape of ``out``
+    conv: Convolution | None
     spare: Tensor
     G: Tensor  # room for the gradient
     room_beside: Tensor
     runs: list[_Run]
     rate: Tensor  # (k, 1, 1), divided by the unit
+    seen: tuple[int, ...] | None = None  # shape in which a meter sees it, where it is another than that of z
     turn: Tensor | None = None  # what a cotangent is multiplied by where it enters the layer
     back: Tensor | None = None  # 1 / unit
     r: Tensor | None = None  # of the norm
+
+    def measure(self, meter: Meter, what: str, number: int, s: slice, x: Tensor) -> Tensor:
+        """|x|, of a tensor of the shape of z; returns the squares of its samples."""
+        x, spare = (x, self.spare) if self.seen is None else (x.view(self.seen), self.spare.view(self.seen))
+        return meter.size(what, number, s, x, spare)
 
 
 @dataclass
@@ -198,15 +207,15 @@ class Stack:
     def give_back(self, member: int, net: nn.Module) -> None:
         """Write a member's numbers into a net of its shape."""
         for layer, (linear, norm, _) in zip(self.layers, modules_of(net), strict=True):
-            linear.weight.copy_(layer.W.W[member])
-            linear.bias.copy_(layer.b.W[member, :, 0])
+            pairs = [(linear.weight, layer.W.W), (linear.bias, layer.b.W)]
             if layer.norm is not None and norm is not None:
-                norm.weight.copy_(layer.norm.gamma[member, :, 0])
-                norm.bias.copy_(layer.norm.beta[member, :, 0])
+                pairs += [(norm.weight, layer.norm.gamma), (norm.bias, layer.norm.beta)]
                 if layer.norm.running:
-                    norm.running_mean.copy_(layer.norm.running[0][member, :, 0])
-                    norm.running_var.copy_(layer.norm.running[1][member, :, 0])
+                    pairs += zip((norm.running_mean, norm.running_var), layer.norm.running, strict=True)
                     norm.num_batches_tracked.fill_(self.update.steps)
+            for theirs, ours in pairs:
+                view = arranged(theirs, layer.picture)
+                view.copy_(ours[member].view(view.shape))
 
     # ---- the sweep -----------------------------------------------------------------------------------
 
@@ -219,38 +228,62 @@ class Stack:
             self.update.begin()
         if meter:
             meter.begin(xs, self.orders)
-        columns = [x.t().contiguous() for x in xs]
+        parts: dict[int, Sequence[Tensor]] = {}  # of each order what the first weights are multiplied by, ...
+        rows: dict[int, Tensor] = {}  # ... and its transpose, which their gradient reads
+        held: dict[int, int] = {}
+        if self.layers[0].picture is None:
+            parts, rows = {i: [x.t().contiguous()] for i, x in enumerate(xs)}, dict(enumerate(xs))
         targets = torch.stack(list(ys)).unsqueeze(1)
         for chunk in plan:
-            self._forward(chunk, columns, meter, training)
+            if self.layers[0].picture:
+                for slot, one in enumerate(chunk.first):
+                    read = self._patches(xs[one.order], slot, held.get(slot) == one.order)
+                    parts[one.order], rows[one.order] = read.chunk(self.layers[0].picture.pool ** 2, 1), read.t()
+                    held[slot] = one.order
+            self._forward(chunk, parts, meter, training)
             self._loss(chunk, targets)
-            self._backward(chunk, xs, meter, training)
+            self._backward(chunk, rows, meter, training)
 
-    def _forward(self, chunk: _Chunk, columns: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
+    def _patches(self, x: Tensor, slot: int, known: bool) -> Tensor:
+        """What the places of the first convolution read; a slot is one of those that a chunk needs at once."""
+        layer = self.layers[0]
+        out = self._room(("patches", slot), layer.W.W.shape[2], len(x) * layer.columns)
+        return out if known or layer.picture is None else patches(x, layer.picture, out)
+
+    def _forward(
+        self, chunk: _Chunk, parts: Mapping[int, Sequence[Tensor]], meter: Meter | None, training: bool
+    ) -> None:
         s, below = chunk.members, chunk.layers[0]
         for number, (c, layer) in enumerate(zip(chunk.layers, self.layers, strict=True)):
-            if number:
+            if number and c.conv:
+                c.conv.forward()
+            elif number:
                 torch.bmm(c.W.W, below.out, out=c.z)
             else:
                 for one in chunk.first:
-                    x = columns[one.order]
-                    torch.bmm(one.W, x.expand(one.number, *x.shape), out=one.z)
+                    for x, z in zip(parts[one.order], one.z, strict=True):
+                        torch.bmm(one.W, x.expand(one.number, *x.shape), out=z)
             c.z.add_(c.b.W)
             if meter:
-                squares = meter.size("z", number, s, c.z, c.spare)
-                meter.cosine(number, s, c.z, squares, c.spare)
+                squares = c.measure(meter, "z", number, s, c.z)
+                shape = c.seen or c.z.shape
+                meter.cosine(number, s, c.z.view(shape), squares, c.spare.view(shape))
             if number == self.L - 1:
                 return
             if layer.norm:
-                c.r = layer.norm.forward(s, c.z, c.xn, c.u, training)
+                c.r = layer.norm.forward(s, c.z, c.u, training)
                 if meter:
-                    meter.size("u", number, s, c.u, c.spare)
+                    c.measure(meter, "u", number, s, c.u)
             for run in c.runs:
                 run.kernel.forward(run.u, run.a)
             if meter:
-                meter.size("a", number, s, c.a, c.spare)
+                c.measure(meter, "a", number, s, c.a)
                 for run in c.runs:
                     meter.slopes(number, run.members, run.kept, run.rule, run.kernel, run.spare)
+            if c.conv:
+                c.conv.pool()
+                if meter:
+                    c.conv.measure(meter, "p", s)
             if layer.scale is not None:
                 torch.add(below.out, c.a, alpha=layer.scale, out=c.out)
                 if meter:
@@ -267,13 +300,18 @@ class Stack:
         if c.turn is not None:
             g.mul_(c.turn)
 
-    def _backward(self, chunk: _Chunk, xs: Sequence[Tensor], meter: Meter | None, training: bool) -> None:
+    def _backward(self, chunk: _Chunk, rows: Mapping[int, Tensor], meter: Meter | None, training: bool) -> None:
         s, room = chunk.members, 0
         held: list[Named] = []  # gradients that wait for the norm of all of them
         for number in range(self.L - 1, -1, -1):
             c, layer = chunk.layers[number], self.layers[number]
             g_out, arrived = c.g[room], room
-            if meter:
+            if c.conv:
+                c.conv.arrive(c.arrives[room])
+                if meter:
+                    c.conv.measure(meter, "g_out", s)
+                c.conv.unpool(g_out)
+            elif meter:
                 meter.size("g_out", number, s, g_out, c.spare)
             small: list[Named] = []
             if number < self.L - 1:
@@ -286,27 +324,30 @@ class Stack:
                     run.kernel.vjp(run.g[arrived], run.kept, run.g[room])
                 if layer.norm and c.gamma and c.beta and c.r is not None:
                     if meter:
-                        meter.size("g_u", number, s, c.g[room], c.spare)
-                    g_gamma, g_beta = layer.norm.vjp(s, c.g[room], c.xn, c.r, c.spare)
+                        c.measure(meter, "g_u", number, s, c.g[room])
+                    g_gamma, g_beta = layer.norm.vjp(s, c.g[room], c.z, c.r, c.spare)
+                    g_gamma, g_beta = g_gamma.view_as(c.gamma.W), g_beta.view_as(c.beta.W)
                     small += [Named(c.gamma, g_gamma, "gamma", number), Named(c.beta, g_beta, "", number)]
             g = c.g[room]
             if meter:
-                meter.size("g_z", number, s, g, c.spare)
+                c.measure(meter, "g_z", number, s, g)
             held_room = room
             if number:
                 room = (room + 1) % 3
                 self._onward(chunk, number, g, g_out, room, meter)
             if training:
                 small.append(Named(c.b, g.sum(2, keepdim=True), "", number))
-                held += self._learn(chunk, number, held_room, xs, small, meter)
+                held += self._learn(chunk, number, held_room, rows, small, meter)
         if held:
             self._clip(held, chunk, meter)
 
     def _onward(self, chunk: _Chunk, number: int, g: Tensor, g_out: Tensor, room: int, meter: Meter | None) -> None:
         """The cotangent of what a layer read: by its weights, and past them in a block."""
         c, below = chunk.layers[number], chunk.layers[number - 1]
-        onward = below.g[room]
-        if self.layers[number].scale is None:
+        onward = below.arrives[room]
+        if c.conv:
+            c.conv.onward(g, onward)
+        elif self.layers[number].scale is None:
             torch.bmm(c.WT, g, out=onward)
         else:
             if meter:  # what the way through the weights alone carries
@@ -318,7 +359,7 @@ class Stack:
     # ---- the update ----------------------------------------------------------------------------------
 
     def _learn(
-        self, chunk: _Chunk, number: int, room: int, xs: Sequence[Tensor], small: list[Named], meter: Meter | None
+        self, chunk: _Chunk, number: int, room: int, rows: Mapping[int, Tensor], small: list[Named], meter: Meter | None
     ) -> list[Named]:
         """Update a layer; or return its gradients, where all of them must be known before any is used."""
         c, optimizer = chunk.layers[number], self.update.optimizer
@@ -326,12 +367,12 @@ class Stack:
         if meter:
             meter.distinct_rows(number, chunk.members, c.W.W)
         if meter or not optimizer.accumulates:
-            self._product(chunk, number, room, xs, None)
+            self._product(chunk, number, room, rows, None)
         if meter:
             for one in named:
                 meter.before(one, chunk.members)
         if optimizer.accumulates:
-            self._product(chunk, number, room, xs, optimizer.momentum)
+            self._product(chunk, number, room, rows, optimizer.momentum)
             self.update.descend(c.W, c.rate)
             for one in small:
                 self.update.accumulate(one.p, one.G, c.rate)
@@ -348,9 +389,12 @@ class Stack:
                 meter.after(one, chunk.members)
         return []
 
-    def _product(self, chunk: _Chunk, number: int, room: int, xs: Sequence[Tensor], mu: float | None) -> None:
+    def _product(self, chunk: _Chunk, number: int, room: int, rows: Mapping[int, Tensor], mu: float | None) -> None:
         """V = mu V + g a^T; without mu G = g a^T."""
         c = chunk.layers[number]
+        if number and c.conv:
+            c.conv.gradient(c.G if mu is None else c.W.states[0], mu)
+            return
         if number:
             aT = chunk.layers[number - 1].out_transposed
             if mu is None:
@@ -359,8 +403,11 @@ class Stack:
                 torch.baddbmm(c.W.states[0], c.g[room], aT, beta=mu, out=c.W.states[0])
             return
         for one in chunk.first:
-            x = xs[one.order].expand(one.number, *xs[one.order].shape)
-            if mu is None:
+            x = rows[one.order].expand(one.number, *rows[one.order].shape)
+            if self.layers[0].picture:  # of so long a sum the transpose takes two thirds of the time
+                G = torch.bmm(x.mT, one.g[room].mT).mT
+                torch.add(G, one.V, alpha=mu, out=one.V) if mu is not None else one.G.copy_(G)
+            elif mu is None:
                 torch.bmm(one.g[room], x, out=one.G)
             else:
                 torch.baddbmm(one.V, one.g[room], x, beta=mu, out=one.V)
@@ -401,7 +448,7 @@ class Stack:
 
     def _plan(self, batch: int) -> list[_Chunk]:
         """Every view that a step of this size of batch needs."""
-        widths = [layer.W.W.shape[1] for layer in self.layers]
+        widths = [layer.W.W.shape[1] * layer.columns for layer in self.layers]
         numbers = sum(layer.W.W[0].numel() * 2 for layer in self.layers) + batch * sum(widths)
         size = max(1, self.chunk_bytes // (numbers * self.layers[0].W.W.element_size()))
         count = -(-self.K // size)
@@ -409,30 +456,41 @@ class Stack:
         widest = max(stop - start for start, stop in pairwise(ends))
         return [self._chunk(slice(*ends[i : i + 2]), batch, widest) for i in range(count)]
 
+    def _room(self, name: Any, *shape: int, largest: int = 0) -> Tensor:
+        """Of a buffer that every chunk uses."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < max(size, largest):
+            self._buffers[name] = torch.empty(max(size, largest), **self._new)
+        return self._buffers[name][:size].view(shape)
+
     def _chunk(self, members: slice, batch: int, widest: int) -> _Chunk:
-        n, top = members.stop - members.start, max(layer.W.W.shape[1] for layer in self.layers)
+        n, top = members.stop - members.start, max(layer.W.W.shape[1] * layer.columns for layer in self.layers)
 
         def room(name: Any, rows: int, columns: int, largest: int) -> Tensor:
-            """(n, rows, columns) of a buffer that every chunk uses."""
-            needed = widest * largest
-            if name not in self._buffers or self._buffers[name].numel() < needed:
-                self._buffers[name] = torch.empty(needed, **self._new)
-            return self._buffers[name][: n * rows * columns].view(n, rows, columns)
+            """(n, rows, columns)."""
+            return self._room(name, n, rows, columns, largest=widest * largest)
 
         alike = [(here, rule, kernel(rule)) for here, rule in _neighbors(self.rules[members])]
         apart = any(its.keeps_input for _, _, its in alike)
         largest = max(layer.W.W[0].numel() for layer in self.layers)
-        steps = []
+        steps: list[_Step] = []
         for number, layer in enumerate(self.layers):
             _, N, M = layer.W.W.shape
-            of_width = (N, batch, N * batch)
-            z = room("z" if layer.norm else ("z", number), *of_width[:2], top * batch if layer.norm else N * batch)
+            columns = batch * layer.columns
+            of_width = (N, columns, N * columns)
+            z = room(("z", number), *of_width)
             u = room(("u", number), *of_width) if layer.norm else z
             a = room(("a", number), *of_width) if apart and number < self.L - 1 else u
             out = room(("out", number), *of_width) if layer.scale is not None else a
             W, b = layer.W.of(members), layer.b.of(members)
-            g = [room(("g", i), N, batch, top * batch) for i in range(3)]
-            spare = room("spare", N, batch, top * batch)
+            g = arrives = [room(("g", i), N, columns, top * batch) for i in range(3)]
+            conv = None
+            if layer.picture:
+                below, flat = steps[-1].out if steps else None, self.layers[number + 1].picture is None
+                conv = Convolution(layer.picture, W.W, z, a, batch, below, flat, number, room)
+                out = conv.out
+                arrives = [room(("g", i), *conv.side, top * batch) for i in range(3)]
+            spare = room("spare", N, columns, top * batch)
             runs = [
                 _Run(
                     rule,
@@ -454,12 +512,14 @@ class Stack:
                     gamma=layer.gamma.of(members) if layer.gamma else None,
                     beta=layer.beta.of(members) if layer.beta else None,
                     z=z,
-                    xn=room(("xn", number), *of_width) if layer.norm else z,
                     u=u,
                     a=a,
                     out=out,
                     out_transposed=out.transpose(1, 2),
                     g=g,
+                    arrives=arrives,
+                    conv=conv,
+                    seen=conv.seen if conv else None,
                     spare=spare,
                     G=room(("G", number if self.update.optimizer.clip else 0), N, M, largest),
                     room_beside=room("spare G", N, M, largest),
@@ -467,13 +527,13 @@ class Stack:
                     rate=self.update.rate[members],
                 )
             )
-        c = steps[0]
+        c, layer = steps[0], self.layers[0]
         first = [
             _Reading(
                 order,
                 here.stop - here.start,
                 c.W.W[here],
-                c.z[here],
+                c.z[here].chunk(layer.picture.pool**2 if layer.picture else 1, 2),
                 c.W.states[0][here],
                 c.G[here],
                 [x[here] for x in c.g],
