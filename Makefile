@@ -19,6 +19,7 @@ bench: .venv
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/judging.py
 	$(BIN)/python benchmarks/viewing.py
+	$(BIN)/python benchmarks/sweep.py --command 24
 
 # Every rule beside torch's own: docs/rules.md.
 rules: .venv
