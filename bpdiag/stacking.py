@@ -35,6 +35,7 @@ from bpdiag.training import Result
 
 PART = 64  # samples of a part of a trace, or what comes together in
 SECONDS = 15.0
+STACKABLE = ("mlp", "cnn")  # models whose sweep stands in ``backprop``
 Told = Callable[[int, Result | BaseException], None]
 
 
@@ -54,7 +55,7 @@ def group(config: Config) -> Hashable | None:
     """
     model, optimizer = config.model, config.optimizer
     rule = ACTIVATIONS.get(model.activation)
-    stackable = model.backward == "handwritten" and not config.watch.histograms
+    stackable = model.name in STACKABLE and model.backward == "handwritten" and not config.watch.histograms
     if rule is None or rule.learnable or not stackable:
         return None
     alike = replace(

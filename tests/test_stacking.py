@@ -213,7 +213,13 @@ def test_what_no_stack_can_share_makes_two_groups(one, other):
 
 @pytest.mark.parametrize(
     "alone",
-    [config("prelu"), config("prelu", name="cnn"), config(backward="autograd"), config(watch={"histograms": True})],
+    [
+        config("prelu"),
+        config(name="rnn", depth=2),
+        config("prelu", name="cnn"),
+        config(backward="autograd"),
+        config(watch={"histograms": True}),
+    ],
 )
 def test_what_no_stack_takes_is_trained_alone(alone):
     assert stacking.group(alone) is None
