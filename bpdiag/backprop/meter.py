@@ -13,7 +13,8 @@ that moves by nine decades and more between two samples may be told as 0 or infi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Meter:
         self._together: dict[int, Tensor] = {}  # (K, N) sum of z / r
         self._numbers: dict[Key, Tensor] = {}  # (K,)
         self._sizes: dict[Key, int] = {}  # elements of a member
+        self._samples = 0  # of a batch
         self._narrow: set[Key] = set()  # float32 squares them rightly
         self._silence: dict[int, Tensor] = {}
         self._copies: dict[Key, Tensor] = {}  # of weights, until they are updated
@@ -49,7 +51,7 @@ class Meter:
     def begin(self, xs: Sequence[Tensor], orders: Sequence[int]) -> None:
         """A step: its input."""
         lengths = torch.stack([statistics.lengths(x) for x in xs])[list(orders)]
-        self._squares["x", 0] = lengths.to(self.wide).square_()
+        self._squares["x", 0], self._samples = lengths.to(self.wide).square_(), len(xs[0])
 
     def size(self, what: str, layer: int, s: slice, x: Tensor, spare: Tensor) -> Tensor:
         """|x_k|; returns r^2, (k, B).  ``spare``: room as large as x."""
@@ -82,10 +84,10 @@ class Meter:
             norm = passing.sqrt()
         else:
             size = slope.abs_()
-            norm = self._norm(("slope_norm", layer), slope)
-            awake = size.amax(2)
+            norm = self._norm(("slope_norm", layer), size)
+            awake = size.sum(2)  # 0 where all are; a maximum costs twenty times as much
             limit = statistics.SATURATED * rule.largest_slope * (1 - torch.finfo(size.dtype).eps)
-            passing = elements - torch.le(size, limit, out=size).sum((1, 2), dtype=self.wide)
+            passing = elements - torch.le(size, limit, out=size).sum(2).sum(1, dtype=self.wide)
         self._put("slope_norm", layer, s, norm)
         self._put("passing", layer, s, passing)
         if layer not in self._silence:
@@ -99,12 +101,15 @@ class Meter:
         if one.name:
             self._put(f"g_{one.name}", one.layer, s, self._norm((f"g_{one.name}", one.layer), one.G))
             self._put(one.name, one.layer, s, self._norm((one.name, one.layer), one.p.W))
-            self._copies[one.name, one.layer] = one.p.W.clone()
+            held = self._copies.get((one.name, one.layer))
+            if held is None or held.shape != one.p.W.shape:
+                held = self._copies[one.name, one.layer] = torch.empty_like(one.p.W)
+            held.copy_(one.p.W)
 
     def after(self, one: Named, s: slice) -> None:
         """What the update took from it."""
         if one.name:
-            taken = self._copies.pop((one.name, one.layer)).sub_(one.p.W)
+            taken = self._copies[one.name, one.layer].sub_(one.p.W)
             self._put(f"d{one.name}", one.layer, s, self._norm((f"d{one.name}", one.layer), taken))
 
     def _norm(self, key: Key, x: Tensor) -> Tensor:
@@ -132,25 +137,25 @@ class Meter:
 
     def read(self, units: np.ndarray) -> Numbers:
         """(K,) under each key, as numbers of the host; its one wait."""
-        found = {key: squares.sum(1, dtype=self.wide).sqrt_() for key, squares in self._squares.items()}
-        for layer, together in self._together.items():
-            total, n = statistics.lengths(together), self._squares["z", layer].shape[1]
-            found["z_cosine", layer] = (total * total - n) / (n * (n - 1)) if n > 1 else total * math.nan
+        found: dict[Key, Tensor] = {}
+        for keys, squares in _alike(self._squares):
+            found |= zip(keys, squares.sum(2, dtype=self.wide).sqrt_().unbind(), strict=True)
+        for layers, together in _alike(self._together):
+            total, n = statistics.lengths(together.flatten(0, 1)).view(len(layers), -1), self._samples
+            cosines = (total * total - n) / (n * (n - 1)) if n > 1 else total * math.nan
+            found |= {("z_cosine", layer): cosine for layer, cosine in zip(layers, cosines.unbind(), strict=True)}
         found |= self._numbers
         table = torch.stack(list(found.values())).cpu().numpy()
-        raw = dict(zip(found, table, strict=True))
-        told = {key: x / units[key[1]] if key[0] in IN_UNITS else x for key, x in raw.items()}
-        self._learn(raw)
-        return told
+        self._learn(list(found), table)
+        unit = np.array([units[layer] if what in IN_UNITS else np.ones(self.K) for what, layer in found])
+        return dict(zip(found, table / unit, strict=True))
 
-    def _learn(self, raw: Numbers) -> None:
+    def _learn(self, keys: Sequence[Key], table: np.ndarray) -> None:
         """What float32 can square until the next sample; whose rows are still alike."""
-        low, high = NEAR
-        for key, size in self._sizes.items():
-            if key in raw:
-                rms = raw[key] / math.sqrt(size)
-                fits = (rms == 0) | ((rms > low) & (rms < high)) | ~np.isfinite(rms)
-                (self._narrow.add if fits.all() else self._narrow.discard)(key)
+        rms = table / np.sqrt([[self._sizes.get(key, 1)] for key in keys])
+        fits = ((rms == 0) | ((rms > NEAR[0]) & (rms < NEAR[1])) | ~np.isfinite(rms)).all(1)
+        self._narrow = {key for key, fit in zip(keys, fits, strict=True) if fit and key in self._sizes}
+        raw = dict(zip(keys, table, strict=True))
         for layer, asked in self._alike.items():
             if ("distinct", layer) in raw:
                 asked &= set(np.flatnonzero(raw["distinct", layer] <= 0.5).tolist())
@@ -175,3 +180,12 @@ class Meter:
 def _features(x: Tensor) -> tuple[int, ...]:
     """All dimensions but members and samples."""
     return (1,) if x.dim() == 3 else (1, 3)
+
+
+def _alike(tensors: dict[Any, Tensor]) -> Iterator[tuple[list[Any], Tensor]]:
+    """Those of one shape and dtype, with their keys, as one tensor."""
+    kinds: dict[Any, list[Any]] = {}
+    for key, x in tensors.items():
+        kinds.setdefault((x.shape, x.dtype), []).append(key)
+    for keys in kinds.values():
+        yield keys, torch.stack([tensors[key] for key in keys])
