@@ -255,7 +255,7 @@ def _rows(config: Config, given: Source, planned: Plan, theory: Theory) -> tuple
     rule, depth, batch = planned.rule, len(planned.weights), config.data.batch_size
     norm = {"layer": "layernorm", "batch": "batchnorm"}.get(planned.normalization)
     top = math.sqrt((given.classes - 1) / given.classes / batch)  # |g_z_L| of a guess, mean reduction
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # of a branch of scale 0 infinite times 0
         g_z, g_a = top * 10.0**theory.decades, np.append(top * 10.0 ** theory.decades[1:], 0.0) * theory.weight_factor
     gains, z_below = theory.gain, math.sqrt(theory.fed[0])
     layers: list[Layer] = []

@@ -5,11 +5,15 @@ A run's first step is measured by ``watch`` on an ordinary module too: the stack
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +30,7 @@ from bpdiag.backprop.conv import Picture
 from bpdiag.backprop.record import Record, samples
 from bpdiag.config import Config, UsageError, planned_steps
 from bpdiag.dashboard.writer import TAGS
-from bpdiag.model import CHANNELS, KERNEL, PADDING, POOL
+from bpdiag.model import CHANNELS, KERNEL, PADDING, POOL, normalization
 from bpdiag.rules import ACTIVATIONS
 from bpdiag.runlog import RunLog
 from bpdiag.session import watch
@@ -76,31 +80,53 @@ def group(config: Config) -> Hashable | None:
 
 
 def bytes_of(config: Config, shape: tuple[int, int, int], classes: int) -> int:
-    """Memory of one member: weights, the optimizer's numbers, activations of a batch, of a picture its patches.
+    """Memory of one member: weights, what the optimizer keeps, room for gradients, a batch's activations, cotangents.
+
+    Members beyond what goes through together (``backprop.stack.CHUNK``) share the room, and need less.
 
     Example:
         >>> from bpdiag.config import ModelConfig
         >>> bytes_of(Config(model=ModelConfig(depth=10, width=64)), (1, 28, 28), 10)
-        823376
-        >>> bytes_of(Config(model=ModelConfig(name="cnn", depth=3)), (1, 28, 28), 10)
-        9220688
+        1627512
     """
-    weights = numbers = 0
-    hidden, read = config.model.depth - 1, shape
-    if config.model.name == "cnn":
+    model, batch = config.model, config.data.batch_size
+    normalized = normalization(model) != "none"
+    numbers, largest, parameters = 0, 0, []
+    hidden, read = model.depth - 1, shape
+    if model.name == "cnn":
         hidden -= len(CHANNELS)
         for channels, padding in zip(CHANNELS, PADDING, strict=True):
             picture = Picture(read, channels, (KERNEL, KERNEL), (padding, padding), POOL)
-            patch = read[0] * KERNEL**2
-            weights += channels * (patch + 1)
-            numbers += math.prod(picture.places) * (channels + (0 if numbers else patch))
-            read = channels, *picture.windows
-    widths = [math.prod(read), *[config.model.width] * hidden, classes]
-    weights += sum(n_in * n_out + n_out for n_in, n_out in pairwise(widths))
-    numbers += sum(widths[1:])
-    copies = 2 if config.optimizer.name == "sgd" else 3
-    item = 8 if config.training.dtype == "float64" else 4
-    return item * (copies * weights + config.data.batch_size * numbers)
+            places, patch = math.prod(picture.places), read[0] * KERNEL**2
+            parameters.append(channels * (patch + 1))
+            # of a layer and its norm, of the pool four tensors; of the first layer the patches that it reads
+            numbers += places * (channels * (1 + normalized) + 4 * channels // POOL**2 + (0 if largest else patch))
+            largest, read = max(largest, places * channels), (channels, *picture.windows)
+    widths = [math.prod(read), *[model.width] * hidden, classes]
+    parameters += [n_in * n_out + n_out for n_in, n_out in pairwise(widths)]
+    # beside a layer's output: the norm's input and output, the activation's input, what a block adds up to
+    kept = 1 + 2 * normalized + (ACTIVATIONS[model.activation].saves == "input") + (model.residual == "identity")
+    numbers += kept * sum(widths[1:]) + 4 * max(largest, *widths[1:])
+    copies = 3 if config.optimizer.name == "sgd" else 4  # the network itself is kept too
+    rooms = max(parameters) + (sum(parameters) if config.optimizer.clip else max(parameters))
+    return (8 if config.training.dtype == "float64" else 4) * (copies * sum(parameters) + rooms + batch * numbers)
+
+
+def available() -> int:
+    """Bytes of memory that a process of this machine, or of this container, may still take.
+
+    Example:
+        >>> available() > 0
+        True
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # Linux: what its caches would give back counts too
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(told["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
 
 
 def _check_memory(configs: Sequence[Config], dataset: data.Dataset, where: torch.device) -> None:
@@ -113,7 +139,7 @@ def _check_memory(configs: Sequence[Config], dataset: data.Dataset, where: torch
     if where.type == "cuda":
         free = torch.cuda.mem_get_info(where)[0]
     elif where.type == "cpu" and hasattr(os, "sysconf"):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = available()
     else:
         return
     if each * len(configs) > free:
@@ -233,12 +259,14 @@ class _Training:
         self.record = Record(len(self.members))
         self.losses: list[Tensor] = []  # (K,) of each step since the last part
         self.done = 0  # steps
+        self.away = 0.0, 0.0  # seconds, and of the processor, that members' ends took
         self.written = time.monotonic()
 
     def _batches(self, config: Config) -> Iterator[Tensor]:
         return training.batches(config, len(self.dataset.train), self.planned, self.where)
 
     def _member(self, number: int, config: Config, folder: Path | None, firsts: dict[str, Trace]) -> _Member:
+        training.check_names(config)
         begun = training.begin(config)
         name = config.model.activation
         if name not in firsts:
@@ -272,7 +300,8 @@ class _Training:
         except KeyboardInterrupt:
             self._end_all("interrupted")
             raise
-        self._end_all(None)
+        if self._end_all(None):
+            raise KeyboardInterrupt
 
     def _optimizer(self) -> Optimizer:
         of, shared = [m.config.optimizer for m in self.members], self.shared.optimizer
@@ -323,17 +352,31 @@ class _Training:
                 self.stack.give_back(k, member.begun.net)
                 reached = training.accuracy(member.begun.net, self.dataset.validation)
                 member.metrics["validation_accuracy_at"][str(self.done)] = reached
-                member.log.scalars({"accuracy/validation": reached}, self.done)
+                with self._own_affair(k):
+                    member.log.scalars({"accuracy/validation": reached}, self.done)
+
+    @contextmanager
+    def _own_affair(self, k: int) -> Iterator[None]:
+        """What goes wrong with a member's folder ends this member alone."""
+        try:
+            yield
+        except OSError as error:
+            self.alive[k] = False
+            self.told(self.members[k].number, error)
+            with contextlib.suppress(OSError):
+                self.members[k].log.release()
 
     # ---- what is kept --------------------------------------------------------------------------------
 
     def _write_parts(self) -> None:
         losses = self._host_losses()
-        for k, member in enumerate(self.members):
-            if self.alive[k]:
-                self._write_part(k, member, losses[:, k])
-        self.record.clear()
-        self.losses, self.written = [], time.monotonic()
+        with _held_interrupts():  # or some would have the part, and take it again as they end
+            for k, member in enumerate(self.members):
+                if self.alive[k]:
+                    with self._own_affair(k):
+                        self._write_part(k, member, losses[:, k])
+            self.record.clear()
+            self.losses, self.written = [], time.monotonic()
 
     def _host_losses(self) -> np.ndarray:
         return torch.stack(self.losses).cpu().double().numpy() if self.losses else np.empty((0, len(self.members)))
@@ -355,34 +398,67 @@ class _Training:
         if member.log.board is not None:
             for sample in samples(part, list(TAGS), losses.tolist(), steps.start):
                 member.log.board.write(sample)
+            for step in range(max(steps.start, max(rate, default=-1) + 1), steps.stop):  # after the last sample
+                member.log.board.add_scalars({"loss/train": float(losses[step - steps.start])}, step)
 
-    def _end_all(self, why: str | None) -> None:
+    def _end_all(self, why: str | None) -> bool:
+        """The end of all that have not ended; whether it was interrupted, which costs nobody anything."""
+        interrupted = False
         for k in range(len(self.members)):
             if self.alive[k]:
-                self._end(k, why)
+                try:
+                    self._end(k, why)
+                except KeyboardInterrupt:
+                    interrupted = True
+        return interrupted
 
     def _end(self, k: int, why: str | None) -> None:
-        """A member's last part, what it knows, what is found; a fault of its own is told as its own."""
+        """A member's last part, what it knows, what is found; what goes wrong with it is told as its own."""
         member, self.alive[k] = self.members[k], False
-        config, log, net, metrics = member.config, member.log, member.begun.net, member.metrics
+        begun, work = time.perf_counter(), time.process_time()
+        took, worked = begun - self.start - self.away[0], work - self.work - self.away[1]
+        came: Result | Exception
+        with _held_interrupts():
+            try:
+                came = self._result(k, member, why)
+                share, whole = 1 / len(self.members), self.planned / max(self.done, 1)
+                own, own_work = time.perf_counter() - begun, time.process_time() - work
+                came.metrics["stack"] = len(self.members)
+                came.metrics["seconds"] = round(took * share + own, 3)
+                came.metrics["processor_seconds_planned"] = round(worked * share * whole + own_work, 3)
+                came.keep(self.dataset)
+            except Exception as error:  # a full disk is an OSError or, of torch's, a RuntimeError; the others go on
+                came = error
+            finally:
+                with contextlib.suppress(OSError):
+                    member.log.release()
+        try:
+            self.told(member.number, came)
+        finally:  # the others' time has stood still
+            self.away = self.away[0] + time.perf_counter() - begun, self.away[1] + time.process_time() - work
+
+    def _result(self, k: int, member: _Member, why: str | None) -> Result:
+        log, net, metrics = member.log, member.begun.net, member.metrics
         log.steps = metrics["steps"] = self.done
         metrics["stopped"] = why
-        stepped, worked = time.perf_counter() - self.start, time.process_time() - self.work
-        own = time.perf_counter()
-        try:
-            self._write_part(k, member, self._host_losses()[:, k])
-            self.stack.give_back(k, net)
-            training.examine(log, net, config, self.dataset, metrics)
-            log.close(steps=metrics["steps"])
-            result = training.conclude(log.trace, net, config, log.folder, metrics)
-            share, missing = 1 / len(self.members), self.planned / max(metrics["steps"], 1)
-            metrics["stack"] = len(self.members)
-            metrics["seconds"] = round(stepped * share + time.perf_counter() - own, 3)
-            metrics["processor_seconds_planned"] = round(worked * share * missing + time.perf_counter() - own, 3)
-            result.keep(self.dataset)
-        except (OSError, UsageError) as error:  # a full disk, a folder that was taken
-            self.told(member.number, error)
-        else:
-            self.told(member.number, result)
-        finally:
-            log.release()
+        self._write_part(k, member, self._host_losses()[:, k])
+        self.stack.give_back(k, net)
+        training.examine(log, net, member.config, self.dataset, metrics)
+        log.close(steps=metrics["steps"])
+        return training.conclude(log.trace, net, member.config, log.folder, metrics)
+
+
+@contextmanager
+def _held_interrupts() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: it is short, and half of it would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread is interrupted
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

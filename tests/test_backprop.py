@@ -267,6 +267,29 @@ def test_a_velocity_turns_with_its_unit():
     torch.testing.assert_close(stack.layers[1].W.states[0], before * unit, rtol=0, atol=0)
 
 
+def test_a_velocity_outlives_the_collapse_of_its_cotangent():
+    """What it holds in the old unit must not overflow in the new one."""
+    torch.manual_seed(0)
+    stack = stack_of(nets_of(["tanh"], torch.float32), ["tanh"], Optimizer([0.1]))
+    for layer in stack.layers:
+        layer.W.states[0].fill_(1e7)
+    before = stack.layers[1].W.states[0].double().clone()
+    for _ in range(3):
+        stack.adjust({("g_out", layer): np.array([3e-37]) for layer in range(stack.L)})
+    after = stack.layers[1].W.states[0].double() / stack.units[1, 0]
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25, 0.0])
+def test_what_float32_squares_wrongly_is_told_rightly_at_once_and_after(size):
+    meter, spare = Meter(1, torch.device("cpu")), torch.empty(1, 4, 4)
+    units = np.ones((1, 1))
+    for x in (1.0, size, size, 1.0):
+        meter.begin([torch.ones(4, 4)], [0])
+        meter.size("a", 0, slice(0, 1), torch.full((1, 4, 4), x), spare)
+        assert meter.read(units)["a", 0].item() == pytest.approx(4 * x, rel=1e-6)
+
+
 # ---- bad input --------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bpdiag import model, stacking, training
+from bpdiag.backprop import Optimizer, Stack
 from bpdiag.config import (
     Config,
     DataConfig,
@@ -25,6 +29,7 @@ from bpdiag.config import (
     WatchConfig,
 )
 from bpdiag.data import Split
+from bpdiag.rules import ACTIVATIONS
 from bpdiag.trace import COLUMNS, Trace, plain
 
 RTOL, ATOL = 1e-10, 1e-13
@@ -226,8 +231,7 @@ def test_what_no_stack_takes_is_trained_alone(alone):
 
 
 def test_more_than_memory_holds_is_refused_before_anything_is_made(tmp_path, monkeypatch):
-    real = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 250 if name == "SC_AVPHYS_PAGES" else real(name))
+    monkeypatch.setattr(stacking, "available", lambda: 1_000_000)
     with pytest.raises(UsageError, match=r"a stack of 3 networks needs .* GB of memory, 0.0 GB are free: \d+ fit"):
         together([config(seed=s, width=512) for s in range(3)], tmp_path)
     assert not list(tmp_path.iterdir())
@@ -245,9 +249,82 @@ def test_a_look_is_what_the_first_step_measures(few):
     assert math.isnan(told[3].measured)
 
 
-def test_the_memory_told_of_a_net_of_convolutions_is_that_of_what_a_stack_makes():
-    net = model.build(ModelConfig(name="cnn", depth=3), (1, 28, 28), 10, seed=0)
-    weights = sum(p.numel() for p in net.parameters() if p.dim() != 1) + 16 + 32 + 10  # no norm counted
-    activations = 16 * 28 * 28 + 32 * 10 * 10 + 10 + 25 * 28 * 28
-    told = stacking.bytes_of(Config(model=ModelConfig(name="cnn", depth=3)), (1, 28, 28), 10)
-    assert told == 4 * (2 * weights + 64 * activations)
+@pytest.mark.parametrize(
+    "one",
+    [
+        Config(model=ModelConfig(depth=10, width=64)),
+        Config(model=ModelConfig(depth=10, width=64, activation="gelu", normalization="layer", residual="identity")),
+        Config(model=ModelConfig(depth=4, width=128), optimizer=OptimizerConfig(name="adam", clip=1.0)),
+        Config(model=ModelConfig(name="cnn", depth=3)),
+    ],
+    ids=["plain", "normalized blocks", "adam clipped", "cnn"],
+)
+def test_the_memory_told_is_that_of_what_a_stack_makes(one):
+    one.data.batch_size = 64
+    K, rule = 1, ACTIVATIONS[one.model.activation]
+    nets = [model.build(one.model, (1, 28, 28), 10, seed) for seed in range(K)]
+    clip = [1.0] * K if one.optimizer.clip else ()
+    stack = Stack(nets, [rule] * K, Optimizer([0.1] * K, one.optimizer.name, clip=clip))
+    stack.step([torch.randn(64, 784)], [torch.zeros(64, dtype=torch.int64)])
+    made = [*stack._buffers.values()]
+    for p in [p for layer in stack.layers for p in layer.parameters()]:
+        made += [p.W, *p.states]
+    bytes_made = 4 * (sum(x.numel() for x in made) / K + sum(p.numel() for p in nets[0].parameters()))
+    assert stacking.bytes_of(one, (1, 28, 28), 10) == pytest.approx(bytes_made, rel=0.25)
+
+
+def test_a_member_whose_folder_goes_ends_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(stacking, "PART", 2)
+    told: dict[int, Any] = {}
+    before = stacking.Stack.step
+    steps = iter(range(100))
+
+    def step(self, *given: Any) -> None:
+        if next(steps) == 15:
+            shutil.rmtree(tmp_path / "1" / "trace")
+        before(self, *given)
+
+    monkeypatch.setattr(stacking.Stack, "step", step)
+    configs = [config(), config(seed=1), config("relu")]
+    stacking.train_stack(configs, [tmp_path / str(i) for i in range(3)], told=told.__setitem__)
+    assert isinstance(told[1], OSError)
+    assert [len(told[i].trace.sampled_steps) for i in (0, 2)] == [4, 4]
+
+
+def test_an_interrupt_while_members_end_costs_nobody_anything(tmp_path):
+    told: dict[int, Any] = {}
+
+    def tell(i: int, what: Any) -> None:
+        told[i] = what
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stacking.train_stack([config(), config("relu")], [tmp_path / "0", tmp_path / "1"], told=tell)
+    assert [told[i].metrics["stopped"] for i in (0, 1)] == [None, None]
+    assert all((tmp_path / str(i) / "model.pt").is_file() for i in (0, 1))
+
+
+def test_what_others_do_at_their_end_is_not_this_one_s_time():
+    told: dict[int, Any] = {}
+
+    def tell(i: int, what: Any) -> None:
+        told[i] = what
+        time.sleep(0.5)
+
+    stacking.train_stack([config(seed=seed) for seed in range(4)], [None] * 4, told=tell)
+    assert told[3].metrics["seconds"] < told[0].metrics["seconds"] + 0.5
+
+
+def test_the_event_file_has_every_loss(tmp_path):
+    together([config(steps=25)], tmp_path)
+    events = EventAccumulator(str(tmp_path / "0"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(25))
+
+
+def test_a_member_that_cannot_be_used_is_told_and_the_others_train(tmp_path):
+    told: dict[int, Any] = {}
+    stacking.train_stack([config(), config(optimizer={"lr": -1.0})], [tmp_path / "0", None], told=told.__setitem__)
+    assert isinstance(told[1], UsageError)
+    assert told[0].metrics["steps"] == 33

@@ -6,8 +6,8 @@
 Letters as in ``stack``: x (k, N, B) is a tensor of the members ``s``, of pictures (k, C Q, B, J).  A step only sums
 squares; what can wait until ``read`` waits, and is done for all layers in one operation.
 
-What float32 squares wrongly is squared in float64, at twice the cost.  Which that is, the sample before tells: a number
-that moves by nine decades and more between two samples may be told as 0 or infinite in the later of them.
+What float32 squares wrongly is squared again in float64, as ``statistics`` does; a device that would have to be waited
+for squares in float64 at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ Key = tuple[str, int]  # what, of which weight layer
 Numbers = dict[Key, np.ndarray]
 IN_UNITS = ("g_out", "g_u", "g_z", "edge", "g_W", "g_gamma")  # what is multiplied by the unit of its layer
 WINDOW = 8  # sampled batches that a unit must be silent in to be called dead
-NEAR = 1e-6, 1e6  # rms of what float32 may square until the next sample
 
 
 class Meter:
@@ -41,9 +40,7 @@ class Meter:
         self._squares: dict[Key, Tensor] = {}  # (K, B) r^2
         self._together: dict[int, Tensor] = {}  # (K, N) sum of z / r
         self._numbers: dict[Key, Tensor] = {}  # (K,)
-        self._sizes: dict[Key, int] = {}  # elements of a member
         self._samples = 0  # of a batch
-        self._narrow: set[Key] = set()  # float32 squares them rightly
         self._silence: dict[int, Tensor] = {}
         self._copies: dict[Key, Tensor] = {}  # of weights, until they are updated
         self._alike: dict[int, set[int]] = {}  # layer -> members whose rows are still to be told apart
@@ -56,14 +53,14 @@ class Meter:
     def size(self, what: str, layer: int, s: slice, x: Tensor, spare: Tensor) -> Tensor:
         """|x_k|; returns r^2, (k, B).  ``spare``: room as large as x."""
         key, batch = (what, layer), x.shape[2]
-        narrow = x.dtype == self.wide or key in self._narrow
         held = self._squares.get(key)
-        if held is None or held.shape[1] != batch or (held.dtype == x.dtype) != narrow:
-            dtype = x.dtype if narrow else self.wide
-            held = self._squares[key] = torch.empty(self.K, batch, dtype=dtype, device=self.device)
-            self._sizes[key] = x[0].numel()
-        squares = torch.mul(x, x, out=spare) if narrow else x.to(self.wide).square_()
-        return torch.sum(squares, _features(x), out=held[s])
+        if held is None or held.shape[1] != batch:
+            held = self._squares[key] = torch.empty(self.K, batch, dtype=self.wide, device=self.device)
+        if x.dtype == self.wide or x.device.type == "cpu":
+            squares = torch.mul(x, x, out=spare).sum(_features(x))
+            if x.dtype == self.wide or _right(squares, x[0].numel() // batch):
+                return held[s].copy_(squares)
+        return torch.sum(x.to(self.wide).square_(), _features(x), out=held[s])
 
     def cosine(self, layer: int, s: slice, z: Tensor, squares: Tensor, spare: Tensor) -> None:
         """c of the samples' z, of which ``size`` gave the squares."""
@@ -84,7 +81,7 @@ class Meter:
             norm = passing.sqrt()
         else:
             size = slope.abs_()
-            norm = self._norm(("slope_norm", layer), size)
+            norm = self._norm(size)
             awake = size.sum(2)  # 0 where all are; a maximum costs twenty times as much
             limit = statistics.SATURATED * rule.largest_slope * (1 - torch.finfo(size.dtype).eps)
             passing = elements - torch.le(size, limit, out=size).sum(2).sum(1, dtype=self.wide)
@@ -99,8 +96,8 @@ class Meter:
     def before(self, one: Named, s: slice) -> None:
         """A parameter as it is, and its gradient, before the update."""
         if one.name:
-            self._put(f"g_{one.name}", one.layer, s, self._norm((f"g_{one.name}", one.layer), one.G))
-            self._put(one.name, one.layer, s, self._norm((one.name, one.layer), one.p.W))
+            self._put(f"g_{one.name}", one.layer, s, self._norm(one.G))
+            self._put(one.name, one.layer, s, self._norm(one.p.W))
             held = self._copies.get((one.name, one.layer))
             if held is None or held.shape != one.p.W.shape:
                 held = self._copies[one.name, one.layer] = torch.empty_like(one.p.W)
@@ -110,13 +107,14 @@ class Meter:
         """What the update took from it."""
         if one.name:
             taken = self._copies[one.name, one.layer].sub_(one.p.W)
-            self._put(f"d{one.name}", one.layer, s, self._norm((f"d{one.name}", one.layer), taken))
+            self._put(f"d{one.name}", one.layer, s, self._norm(taken))
 
-    def _norm(self, key: Key, x: Tensor) -> Tensor:
+    def _norm(self, x: Tensor) -> Tensor:
         """(k,) |x_k| of what has no samples."""
-        self._sizes[key] = x[0].numel()
-        if key in self._narrow:
-            return torch.linalg.vector_norm(x, dim=(1, 2))
+        if x.dtype != self.wide and x.device.type == "cpu":
+            norms = torch.linalg.vector_norm(x, dim=(1, 2))
+            if _right(norms.to(self.wide).square_(), x[0].numel()):
+                return norms
         return statistics.lengths(x.flatten(1))
 
     def clipped(self, s: slice, factor: Tensor) -> None:
@@ -146,20 +144,13 @@ class Meter:
             found |= {("z_cosine", layer): cosine for layer, cosine in zip(layers, cosines.unbind(), strict=True)}
         found |= self._numbers
         table = torch.stack(list(found.values())).cpu().numpy()
-        self._learn(list(found), table)
         unit = np.array([units[layer] if what in IN_UNITS else np.ones(self.K) for what, layer in found])
-        return dict(zip(found, table / unit, strict=True))
-
-    def _learn(self, keys: Sequence[Key], table: np.ndarray) -> None:
-        """What float32 can square until the next sample; whose rows are still alike."""
-        rms = table / np.sqrt([[self._sizes.get(key, 1)] for key in keys])
-        fits = ((rms == 0) | ((rms > NEAR[0]) & (rms < NEAR[1])) | ~np.isfinite(rms)).all(1)
-        self._narrow = {key for key, fit in zip(keys, fits, strict=True) if fit and key in self._sizes}
-        raw = dict(zip(keys, table, strict=True))
+        raw = dict(zip(found, table, strict=True))
         for layer, asked in self._alike.items():
             if ("distinct", layer) in raw:
                 asked &= set(np.flatnonzero(raw["distinct", layer] <= 0.5).tolist())
         self._numbers = {key: x for key, x in self._numbers.items() if key[0] != "distinct"}
+        return dict(zip(found, table / unit, strict=True))
 
     def has_samples(self, key: Key) -> bool:
         """Whether ``strangers`` can be asked of it."""
@@ -175,6 +166,13 @@ class Meter:
         if held is None:
             held = self._numbers[what, layer] = torch.full((self.K,), math.nan, dtype=self.wide, device=self.device)
         held[s] = numbers
+
+
+def _right(squares: Tensor, elements: int) -> bool:
+    """Whether sums of so many squares lie where float32 squares rightly."""
+    low, high = (limit**2 * elements for limit in statistics.RIGHT)
+    least, most = squares.aminmax()
+    return bool(least > low) and bool(most < high)
 
 
 def _features(x: Tensor) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ One backward sweep yields the slope of every weight of every member, and each sh
 
 Letters: K members, N features, B samples, L weight layers.  Feature-major: every activation is (K, N, B), every weight
 (K, N_out, N_in), so that nothing but the batch itself is ever transposed in memory.  Convolutions, with the places of
-a picture among the samples, are in ``conv``.  Nothing of the size of an
-activation is allocated in a step, and the host reads nothing.  Members go through in chunks that a cache holds; what
-they compute does not depend on it, nor on their neighbors: an operation of a stack is K operations.
+a picture among the samples, are in ``conv``.  Nothing of the size of an activation is allocated in a step, but by
+torch's convolutions, and the host reads nothing.  Members go through in chunks that a cache holds; what they compute
+does not depend on it, nor on their neighbors, but for the rounding of Adam: an operation of a stack is K operations.
 
 Units: float32 ends at 1e-38, and a cotangent in a deep net does not.  The sweep is linear, so that of each layer and
 member may be multiplied by a power of two, which changes no bit but the exponent: its unit.  The velocity has it too;
@@ -39,6 +39,8 @@ from bpdiag.rules import Activation
 
 CHUNK = 2**24  # bytes of parameters, velocities and activations of the members that go through together
 FAR = 2.0**-30, 2.0**30  # rms of a cotangent in its unit; beyond, it gets another
+LARGEST = 1000  # exponent of a unit, and
+BEARABLE = 100  # of a velocity in it: float32 ends at 127
 
 
 class _Run(NamedTuple):
@@ -176,6 +178,7 @@ class Stack:
         meter.forget_silence()
         return numbers
 
+    @np.errstate(over="ignore")
     def adjust(self, numbers: Numbers) -> bool:
         """New units, where what was measured has come near the ends of the old; whether there were any."""
         before, units = self.units, self.units.copy()
@@ -186,14 +189,16 @@ class Stack:
             rms = np.where(known, norm, 1.0) / math.sqrt(self.layers[layer].W.W.shape[1])
             here = rms * before[layer]
             fits = known & (here > FAR[0]) & (here < FAR[1])
-            units[layer] = np.where(fits, before[layer], np.where(known, np.exp2(-np.round(np.log2(rms))), above))
+            new = np.exp2(np.clip(-np.round(np.log2(rms)), -LARGEST, LARGEST))
+            units[layer] = np.where(fits, before[layer], np.where(known, new, above))
+            if self.update.optimizer.accumulates and (units[layer] != before[layer]).any():
+                velocities = [p.states[0] for p in self.layers[layer].parameters()]
+                units[layer] = np.minimum(units[layer], before[layer] * _bearable(velocities))
+                turned = self._column(units[layer] / before[layer])
+                for V in velocities:
+                    V.mul_(turned)
         if (units == before).all():
             return False
-        for layer, record in enumerate(self.layers):
-            if self.update.optimizer.accumulates and (units[layer] != before[layer]).any():
-                turned = self._column(units[layer] / before[layer])
-                for p in record.parameters():
-                    p.states[0].mul_(turned)
         self.units = units
         self._plan_units()
         return True
@@ -521,7 +526,7 @@ class Stack:
                     conv=conv,
                     seen=conv.seen if conv else None,
                     spare=spare,
-                    G=room(("G", number if self.update.optimizer.clip else 0), N, M, largest),
+                    G=room(("G", number), N, M, N * M) if self.update.optimizer.clip else room("G", N, M, largest),
                     room_beside=room("spare G", N, M, largest),
                     runs=runs,
                     rate=self.update.rate[members],
@@ -543,6 +548,13 @@ class Stack:
         chunk = _Chunk(members, steps, first, torch.tensor(self.orders[members], device=self._new["device"]))
         self._set_units(chunk)
         return chunk
+
+
+def _bearable(velocities: Sequence[Tensor]) -> np.ndarray:
+    """(K,) what each member's velocities may be multiplied by: a power of two that leaves them in float32."""
+    largest = torch.stack([V.abs().amax((1, 2)) for V in velocities]).amax(0).double().cpu().numpy()
+    known = np.isfinite(largest) & (largest > 0)
+    return np.where(known, np.exp2(BEARABLE - np.ceil(np.log2(np.where(known, largest, 1.0)))), np.exp2(LARGEST))
 
 
 def _neighbors(things: Sequence[Any]) -> list[tuple[slice, Any]]:
