@@ -22,7 +22,7 @@ from typing import Any
 
 from bpdiag import dealing, engines, job
 from bpdiag.composing import Composer, configured
-from bpdiag.config import Config, Expectation, UsageError
+from bpdiag.config import Config, Expectation, UsageError, check_ranges
 from bpdiag.engines import Engine, Failure, Local, Told
 from bpdiag.job import Finished, Member, Task
 from bpdiag.results import Outcome, Row
@@ -40,7 +40,7 @@ class StackConfig:
 
     _target_: str = "hydra_plugins.bpdiag_stack.StackLauncher"
     engine: str = "local"  # local, ray, submitit
-    processes: str = "cores"  # that train at the same time: a number, or as many as there are cores
+    processes: str = "cores"  # of this machine: a number, or as many as there are cores; a cluster has its own
     ray: dict[str, Any] = field(default_factory=dict)  # of ray.init; the cluster is that of RAY_ADDRESS, or begun here
     submitit: dict[str, Any] = field(default_factory=dict)  # of its AutoExecutor: cluster, slurm_partition, ...
 
@@ -276,6 +276,7 @@ class Sweep:
                 if one.folder in taken:
                     raise UsageError(f"{one.folder}: another job is written there; hydra.sweep.subdir tells them apart")
                 config = of_a_sweep(configured(one.composed), one.overrides)
+                check_ranges(config)  # another sweeper than Hydra's basic one has had nothing checked
             except Exception as error:  # OmegaConf has many; they are this job's own
                 one.end(self.context, Failure.of(error))
                 yield one, 0.0
@@ -305,7 +306,10 @@ class Sweep:
             yield from zip(stack.members, workers.ask(job.looks, [configs[at] for at in stack.members]), strict=True)
 
     def _trained(self, jobs: dict[int, Job], engine: Engine, grid: Any) -> Iterator[tuple[Job, float]]:
-        """Each of the jobs submitted; a stack whose process was killed is tried again in halves, a lone job once."""
+        """Each of the jobs submitted.
+
+        A stack that ended without some of them is tried again in halves, a job alone whose process was killed once.
+        """
         losses: Counter[int] = Counter()
         for task, event in engine.events():
             if isinstance(event, Told):
@@ -315,13 +319,15 @@ class Sweep:
                 continue
             left = [jobs[member.number] for member in task.members if jobs[member.number].outcome is None]
             losses.update(one.number for one in left if event.lost)
-            if event.lost and (len(left) > 1 or (left and losses[left[0].number] == 1)):
+            how = event.lost or (f"could not train them together ({event.failure.error})" if event.failure else "")
+            once = len(left) == 1 and bool(event.lost) and losses[left[0].number] == 1
+            if how and (len(left) > 1 or once):
                 for one in left:
                     _clear(one)
                 for half in task.without({m.number for m in task.members} - {one.number for one in left}).halves():
                     engine.submit(half)
                 if grid:
-                    grid.lost(len(left), event.lost)
+                    grid.lost(len(left), how)
                 continue
             why = (
                 f"ProcessLost: the process that trained it {event.lost}" if event.lost else "its stack ended without it"

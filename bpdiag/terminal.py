@@ -302,7 +302,8 @@ class Grid:
     def begin(self) -> None:
         """Say what is coming."""
         names = ", ".join(_short(key) for key in self.keys)
-        self.out.print(f"{self.jobs} jobs" + (f" over {names}" if names else "") + f" -> {escape(str(self.folder))}")
+        over = f" over {names}" if names else ""
+        self.out.print(f"{self.jobs} job{'s' * (self.jobs != 1)}{over} -> {escape(str(self.folder))}")
 
     def look(self, rows: Sequence[tuple[str, float | None, float]]) -> None:
         """Before training: job, decades of the first layer as predicted (None: no theory covers it) and as measured."""

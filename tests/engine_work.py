@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from bpdiag import job
+from bpdiag.config import UsageError
+
 
 def count(task, tell):
     """Tell every number below."""
@@ -76,3 +79,10 @@ def swallow(task, tell):
         time.sleep(60)
     except KeyboardInterrupt:
         raise ValueError("half a sample") from None
+
+
+def train_two_at_most(task, tell):
+    """Train a stack, of two members or fewer."""
+    if len(task.members) > 2:
+        raise UsageError("too many")
+    job.train(task, tell)

@@ -350,3 +350,10 @@ def test_outside_our_command_the_pool_is_closed_by_who_began_it():
     assert launcher._POOL.get() is None
     assert main(["-m", *QUICK, "seed=0,1"]) == 0
     assert launcher._POOL.get() is None
+
+
+def test_a_stack_that_does_not_fit_is_tried_in_halves(monkeypatch, capsys):
+    monkeypatch.setattr("bpdiag.job.train", engine_work.train_two_at_most)
+    assert main(["-m", *QUICK, "seed=0,1,2,3", "hydra.sweep.dir=here", "hydra.launcher.processes=1"]) == 0
+    assert "could not train them together (UsageError: too many)" in capsys.readouterr().err
+    assert list(pandas.read_csv("here/results.csv").status) == ["done"] * 4
