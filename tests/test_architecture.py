@@ -70,7 +70,7 @@ CONTRACT: dict[str, tuple[set[str], set[str]]] = {
     "engines": (set(), {"ray", "submitit"}),
     "dealing": (set(), set()),
     "job": ({"stacking", "training", "remedy", "results", "engines"}, {"torch"}),
-    "preloaded": ({"data", "stacking"}, {"torch", "matplotlib", "pandas"}),
+    "preloaded": ({"data", "stacking"}, {"torch", "pandas"}),
     "composing": (set(), {"hydra", "omegaconf"}),
     "launcher": ({"composing", "job", "dealing", "engines", "results", "terminal", "report"}, {"hydra", "omegaconf"}),
     "__main__": (

@@ -237,7 +237,7 @@ class Stack:
         rows: dict[int, Tensor] = {}  # ... and its transpose, which their gradient reads
         held: dict[int, int] = {}
         if self.layers[0].picture is None:
-            parts, rows = {i: [x.t().contiguous()] for i, x in enumerate(xs)}, dict(enumerate(xs))
+            parts, rows = {i: [x.t()] for i, x in enumerate(xs)}, dict(enumerate(xs))
         targets = torch.stack(list(ys)).unsqueeze(1)
         for chunk in plan:
             if self.layers[0].picture:

@@ -41,6 +41,7 @@ TAGS = {
     "a_dead_fraction": "signal/dead",
     "update_ratio": "update/update_ratio",
 }
+QUEUE = 1_000  # events that wait for the writing thread before anybody waits for it
 WAYS = {"edge_gain": "gain/edge", "gap_gain": "gain/gap"}
 
 
@@ -48,7 +49,7 @@ class TensorBoardWriter:
     """The event file of one run folder."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._file = EventFileWriter(str(Path(folder)))
+        self._file = EventFileWriter(str(Path(folder)), max_queue_size=QUEUE)
         self._add(summaries.layout({tag: tag.partition("/")[2].replace("_", " ") for tag in TAGS.values()}), 0)
 
     def write(self, sample: Sample) -> None:
