@@ -208,6 +208,7 @@ def _cat(tensors: Any, dim: int = 0) -> Tensor:
 
 @by_rule(torch.flatten, Tensor.flatten)
 def _flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """A copy, where torch's may be a view: the view of a Function could not be changed in place."""
     return RULES["flatten"].apply(input, start_dim, end_dim)
 
 

@@ -184,13 +184,15 @@ def handwritten(model: nn.Module, share: bool = False, strict: bool = False) -> 
 
     Args:
         model: Any; it stays as it is.
-        share: The copy has the model's parameters and buffers themselves; else copies of them.
-        strict: Raise where a module has no rule.
+        share: The copy has the model's parameters and buffers themselves (but of scripted modules); else copies.
+        strict: Raise where a module has no rule; functions, known only as they run, are told.
 
     Returns:
         The copy.  ``copy.unswapped.modules`` says which modules run on torch's own and why,
-        ``copy.unswapped.functions`` which of torch's functions without a rule a gradient has gone through so far (+, @
-        and the like among them; when compiled none is told).
+        ``copy.unswapped.functions`` which of torch's functions without a rule a gradient has gone through so far (+ of
+        shapes that differ, @ and the like among them), in the forward of a module: not those outside, nor when
+        compiled.  ``flatten`` gives a copy where torch's may be a view: what is then written to it its source does not
+        see.  Of checkpoints those that are reentrant run a function, which is no module, again on torch's own.
 
     Raises:
         TypeError: ``model`` is no module, or a compiled one: compile the copy.
