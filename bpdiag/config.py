@@ -49,7 +49,10 @@ class ModelConfig:
     depth: int = option(5, "weight layers")
     width: int = option(128, "units per hidden layer, of a cnn per linear one")
     sequence: str = option("rows", "what a recurrent net reads at each time step: rows, or pixels")
-    activation: str = option("relu", "relu, tanh, sigmoid, gelu, silu, elu, ...: the table bpdiag.rules.ACTIVATIONS")
+    activation: str = option(
+        "relu",
+        "relu, tanh, sigmoid, gelu, silu, elu, ...: the table bpdiag.rules.ACTIVATIONS; rnn, lstm, gru have their own",
+    )
     weight_variance: str = option("he", "sigma_w^2 = Var W fan_in: a number, or he, lecun, glorot, torch, orthogonal")
     bias_variance: str = option("preset", "Var b: a number, or a preset's: 1/(3 fan_in) for torch, else 0")
     residual: str = option("none", "none, or identity: a block adds to what enters it, a = a_below + scale phi(z)")

@@ -105,6 +105,8 @@ def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplac
 
 @by_rule(functional.gelu)
 def _gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    if approximate != "tanh":
+        _fixed("gelu", approximate=(approximate, "none"))
     return ACTIVATIONS["gelu_tanh" if approximate == "tanh" else "gelu"].apply(input)
 
 
@@ -206,6 +208,7 @@ def _cat(tensors: Any, dim: int = 0) -> Tensor:
 
 @by_rule(torch.flatten, Tensor.flatten)
 def _flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """A copy, where torch's may be a view: the view of a Function could not be changed in place."""
     return RULES["flatten"].apply(input, start_dim, end_dim)
 
 
@@ -369,6 +372,8 @@ def _no_legacy(function: str, size_average: Any, reduce: Any) -> None:
 
 def _in_rows(rule: str, input: Tensor, target: Tensor, reduction: str, *settings: Any, **named: Any) -> Tensor:
     """Classes along the second dimension, or of one sample along the only one: as rows, and back."""
+    if not input.dim():
+        raise wrong(rule, "input", input, "a dimension of classes")
     if target.shape == input.shape and target.is_floating_point():
         shape = target.movedim(1, -1).shape[:-1] if input.dim() > 1 else target.shape[:0]
         target = (target.movedim(1, -1) if input.dim() > 1 else target).reshape(
@@ -397,7 +402,8 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     _no_legacy("cross_entropy", size_average, reduce)
-    named = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    ignored = None if ignore_index < 0 and target.is_floating_point() else ignore_index  # it ignores none, torch holds
+    named = {"label_smoothing": label_smoothing, "ignore_index": ignored}
     return _in_rows("cross_entropy", input, target, reduction, weight, **named)
 
 

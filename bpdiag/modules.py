@@ -100,7 +100,10 @@ class Flatten(nn.Flatten):
 
 
 def _stepped(cell: nn.RNNCellBase, rule: str, x: Tensor, state: tuple[Tensor, ...] | None) -> Tensor:
-    """One time step of a rule of ``rules.recurrent``; from a state of zeros unless it is given."""
+    """One time step of a rule of ``rules.recurrent``; from a state of zeros unless it is given; of one sample too."""
+    if x.dim() == 1:
+        states = None if state is None else tuple([s.unsqueeze(0) for s in state])
+        return _stepped(cell, rule, x.unsqueeze(0), states).squeeze(-2)
     of: Any = RULES[rule]
     states = state or (x.new_zeros(len(x), cell.hidden_size),) * of.states
     y = of.apply(x.unsqueeze(0), *states, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
@@ -111,7 +114,7 @@ class RNNCell(nn.RNNCell):
     """h' = tanh(x W^T + b + h U^T + c) by our rule."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """(B, I) and the state (B, H) -> the next state."""
+        """(B, I) and the state (B, H), or of one sample (I,) and (H,) -> the next state."""
         return _stepped(self, "rnn", input, None if hx is None else (hx,))
 
 

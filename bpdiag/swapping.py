@@ -8,6 +8,7 @@ buffers, hooks, settings and state dict, stays as it is.
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as _hooks
 from torch._dynamo.eval_frame import skip_code
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -49,7 +52,18 @@ class ByRule(TorchFunctionMode):
         self.noted = noted
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        hooks = None if torch.compiler.is_compiling() else _hooks(True)
+        if hooks is None:
+            return self._run(func, args, kwargs or {})
+        pack, unpack = hooks  # a checkpoint's, say, which runs a function again to unpack what it kept: by rule too
+        with saved_tensors_hooks(pack, lambda kept: self._inside(unpack, kept)):
+            return self._run(func, args, kwargs or {})
+
+    def _inside(self, function: Any, *args: Any) -> Any:
+        with self:
+            return function(*args)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is functional.multi_head_attention_forward:
             with self:  # torch's own lines, and each function in them by rule
                 return _MULTI_HEAD_ATTENTION(*args, **kwargs)
@@ -103,6 +117,7 @@ KNOWN = frozenset(
         nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell,
     }
 )  # fmt: skip
+CONTAINERS = frozenset({nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict})
 # of these and of their subclasses: the settings that have a rule
 NEEDED: dict[type[nn.Module], dict[str, Any]] = {
     nn.Embedding: {"max_norm": None, "scale_grad_by_freq": False, "sparse": False},
@@ -147,7 +162,15 @@ _MADE: dict[type[nn.Module], type[nn.Module]] = {}
 def _by_hand(kind: type[nn.Module]) -> type[nn.Module]:
     """The class made from one, once."""
     if kind not in _MADE:
-        _MADE[kind] = type(kind.__name__, (ByHand, kind), {"__module__": __name__, "torchs": kind})
+        plain: Any = ByHand.forward  # a function of its own for each class: it has the signature of the class's
+        made = types.FunctionType(plain.__code__, plain.__globals__, "forward", None, plain.__closure__)
+        forward = functools.update_wrapper(made, kind.forward)
+        try:
+            _MADE[kind] = type(
+                kind.__name__, (ByHand, kind), {"__module__": __name__, "torchs": kind, "forward": forward}
+            )
+        except Exception as error:  # of a base class that looks at its subclasses: whatever it raises
+            raise ValueError(f"handwritten: no class can be made from {kind.__name__}: {error}") from error
     return _MADE[kind]
 
 
@@ -161,13 +184,15 @@ def handwritten(model: nn.Module, share: bool = False, strict: bool = False) -> 
 
     Args:
         model: Any; it stays as it is.
-        share: The copy has the model's parameters and buffers themselves; else copies of them.
-        strict: Raise where a module has no rule.
+        share: The copy has the model's parameters and buffers themselves (but of scripted modules); else copies.
+        strict: Raise where a module has no rule; functions, known only as they run, are told.
 
     Returns:
         The copy.  ``copy.unswapped.modules`` says which modules run on torch's own and why,
-        ``copy.unswapped.functions`` which of torch's functions without a rule a gradient has gone through so far (+, @
-        and the like among them; when compiled none is told).
+        ``copy.unswapped.functions`` which of torch's functions without a rule a gradient has gone through so far (+ of
+        shapes that differ, @ and the like among them), in the forward of a module: not those outside, nor when
+        compiled.  ``flatten`` gives a copy where torch's may be a view: what is then written to it its source does not
+        see.  Of checkpoints those that are reentrant run a function, which is no module, again on torch's own.
 
     Raises:
         TypeError: ``model`` is no module, or a compiled one: compile the copy.
@@ -182,14 +207,17 @@ def handwritten(model: nn.Module, share: bool = False, strict: bool = False) -> 
         >>> torch.equal(copied(torch.ones(1, 2)), net(torch.ones(1, 2)))
         True
     """
-    # compiled on its own, between two graphs, this frame would hand out numbers for dtypes; inside a graph it is traced
-    skip_code(ByRule.__torch_function__.__code__)
+    # compiled alone, between two graphs, such a frame would hand out numbers for dtypes; inside a graph it is traced
+    for method in (ByRule.__torch_function__, ByRule._run):
+        skip_code(method.__code__)
     flag("handwritten", "share", share)
     flag("handwritten", "strict", strict)
     if not isinstance(model, nn.Module):
         raise TypeError(f"handwritten: model is {told(model)}; expected a torch.nn.Module")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("handwritten: model is compiled; give the model itself and compile the copy")
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules:
+            what = f"model.{name}" if name else "model"
+            raise TypeError(f"handwritten: {what} is compiled; give the model itself and compile the copy")
     unswapped = Unswapped({name: why for name, m in model.named_modules() if (why := _why_not(m))})
     if strict and unswapped.modules:
         where = "; ".join(f"{name or 'the model'}: {why}" for name, why in unswapped.modules.items())
@@ -200,6 +228,8 @@ def handwritten(model: nn.Module, share: bool = False, strict: bool = False) -> 
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"handwritten: the model cannot be copied: {error}") from error
     for name, module in list(made.named_modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         module.__dict__["unswapped"] = unswapped
         if (rule := _activation(module)) is not None:
             module.__dict__["rule"] = rule
@@ -221,7 +251,12 @@ def _why_not(module: nn.Module) -> str | None:
         for setting, known in NEEDED[needing].items():
             if (came := getattr(module, setting)) != known:
                 return f"{kind.__name__} has {setting}={came!r}, of which there is no rule"
-    if kind in KNOWN or _activation(module) is not None or not kind.__module__.startswith("torch."):
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{module.original_name} is scripted: its code is torch's own"
+    if "forward" in module.__dict__:
+        return f"{kind.__name__} has a forward of this one alone"
+    by_rule = kind in KNOWN or kind in CONTAINERS or _activation(module) is not None
+    if by_rule or not kind.__module__.startswith("torch."):
         return None
     if list(module.children()):
         return None  # what it is made of is told

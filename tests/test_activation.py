@@ -100,3 +100,14 @@ def test_a_rule_that_does_not_say_what_it_keeps_is_refused():
 
     with pytest.raises(NotImplementedError, match="Silent does not say what its backward needs"):
         Silent.apply(torch.ones(1, requires_grad=True))
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_inf_and_nan_are_selected_not_multiplied(name, dtype):
+    """In stretches as long as a kernel's vectors too; what nobody may see through 0 stays there."""
+    z = torch.tensor([-1.0, 0.0, 1.0, torch.nan, torch.inf, -torch.inf], dtype=dtype).repeat_interleave(64)
+    g = torch.tensor([torch.inf, torch.nan, 2.0], dtype=dtype).repeat(128)
+    rule, z = ACTIVATIONS[name], z.requires_grad_()
+    ours, theirs = (torch.autograd.grad(f(z), z, g)[0] for f in (rule.apply, getattr(torch.nn.functional, name)))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from bpdiag.rules import RULES
@@ -103,3 +104,23 @@ def test_a_rule_with_a_fault_is_caught(name, monkeypatch):
     monkeypatch.setattr(rule, "apply", staticmethod(lambda *args, **named: 1.001 * apply(*args, **named)))
     with pytest.raises(AssertionError):
         by_rule(name, outcome)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda z, t: F.gelu(z, approximate="tan"), "approximate"),
+        (lambda z, t: F.cross_entropy(z, t.softmax(1), ignore_index=1), "ignore_index"),
+        (lambda z, t: F.cross_entropy(z[0, 0], t[0, 0]), "no dimensions"),
+    ],
+)
+def test_what_torch_refuses_is_refused_by_torch(call, words):
+    z, t = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
+    with pytest.raises((RuntimeError, ValueError, IndexError), match=words), ByRule(set()):
+        call(z, t)
+
+
+def test_probabilities_take_torchs_index_that_ignores_nothing():
+    z, t = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
+    with ByRule(set()):
+        assert F.cross_entropy(z, t).grad_fn.name() == "CrossEntropyBackward"

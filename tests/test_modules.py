@@ -202,3 +202,14 @@ def test_both_kits_hold_the_same_parts():
     for part in ("linear", "conv", "layer_norm", "max_pool", "flatten"):
         assert issubclass(getattr(ours, part), getattr(theirs, part))
     assert all(issubclass(ours.batch_norm[n], theirs.batch_norm[n]) for n in (1, 3))
+
+
+@pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_a_cell_takes_one_sample_as_torchs_does(name, from_zero):
+    torch.manual_seed(0)
+    ours, theirs = (BACKWARDS[by].cell[name](3, 4) for by in ("handwritten", "autograd"))
+    theirs.load_state_dict(ours.state_dict())
+    x, states = torch.randn(3), (torch.randn(4), torch.randn(4))
+    given = () if from_zero else (states if name == "lstm" else states[0],)
+    torch.testing.assert_close(ours(x, *given), theirs(x, *given))

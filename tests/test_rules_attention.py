@@ -207,3 +207,11 @@ def test_the_fused_forward_is_the_plain_one():
         outcome(lambda *t, m=m: Attention.apply(*t, m), (q, k, v)) for m in (None, torch.ones(1, 1, dtype=torch.bool))
     )
     assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_of_more_digits_than_the_queries_is_rounded_to_theirs():
+    q, k, v = (t.float() for t in draw((2, 3, 4), (2, 5, 4), (2, 5, 2)))
+    (mask,) = leaves(draw((3, 5)))
+    y = Attention.apply(q, k, v, mask)
+    assert torch.equal(y, Attention.apply(q, k, v, mask.float()))
+    assert torch.autograd.grad(y.sum(), mask)[0].dtype == torch.float64

@@ -174,7 +174,7 @@ MUTANTS = [
     mutant(CE, "weights dropped from q", "return q if weight is None else weight * q", "return q"),
     mutant(CE, "smoothing dropped", "* t + label_smoothing / classes", "* t"),
     mutant(CE, "smoothed only", "q = (1 - label_smoothing) * t", "q = t"),
-    mutant(CE, "the ignored are smoothed", "weight, label_smoothing) * counts\n", "weight, label_smoothing)\n"),
+    mutant(CE, "the ignored are smoothed", "g_z.masked_fill(~counts, 0)", "g_z"),
     mutant(CE, "the ignored count", "cost if counts is None else cost.masked_fill(~counts, 0)", "cost"),
     mutant(CE, "a mean over the samples", "(w * t).sum() if reduction", "len(z) if reduction"),
     mutant(CE, "a mean over all that is smoothed", "total if counts is None else total * counts", "total"),
@@ -185,7 +185,12 @@ MUTANTS = [
     mutant(CE, "a class too far", "log_p if weight is None else log_p * weight).sum(1)", "log_p).sum(1)"),
     mutant("nll", "weights dropped", "if weight is None else wide(weight)[right]", "if True else wide(weight)[right]"),
     mutant("nll", "the ignored learn", "w if counts is None else w * counts", "w"),
-    mutant("nll", "a mean over the samples", "_each(g_C, reduction, w.sum())", "_each(g_C, reduction, len(y))"),
+    mutant(
+        "nll",
+        "a mean over the samples",
+        "_each(g_C, reduction, w.sum(), counts)",
+        "_each(g_C, reduction, len(y), counts)",
+    ),
     mutant("nll", "another class", "1, right.unsqueeze(1), g_right", "1, (right + 1).unsqueeze(1) % K, g_right"),
     mutant("mse", "half", "2 * (wide(x)", "(wide(x)"),
     mutant(
@@ -284,3 +289,34 @@ def test_a_wrong_class_at_minus_infinity_costs_nothing_with_weights_too(reductio
     assert torch.equal(ours, theirs)
     g = torch.ones_like(ours)
     assert torch.allclose(*[torch.autograd.grad(cost, z, g)[0] for cost in (ours, theirs)], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("rule", "oracle"), [(CrossEntropy, F.cross_entropy), (Nll, F.nll_loss)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("y", [[0, 1], [0, -100], [-100, -100]])
+def test_weights_that_are_0_are_no_rows_that_do_not_count(rule, oracle, reduction, y):
+    """Torch's mean over a weight of 0 is nan, and so is what it asks for."""
+    z, y, weight = draw((2, 3))[0].requires_grad_(), torch.tensor(y), torch.zeros(3).double()
+    costs = [f(z, y, weight, reduction=reduction, ignore_index=-100) for f in (rule.apply, oracle)]
+    torch.testing.assert_close(*costs, equal_nan=True)
+    torch.testing.assert_close(*[torch.autograd.grad(cost.sum(), z)[0] for cost in costs], equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_an_ignored_row_gets_nothing_whatever_its_logits(reduction):
+    """Torch's own gets nan."""
+    z, y = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf]], requires_grad=True), torch.tensor([1, -100])
+    g, theirs = (
+        torch.autograd.grad(f(z, y, reduction=reduction, ignore_index=-100).sum(), z)[0]
+        for f in (CrossEntropy.apply, F.cross_entropy)
+    )
+    assert g[1].tolist() == [0, 0]
+    torch.testing.assert_close(g[0], theirs[0])
+
+
+def test_where_infinity_meets_a_probability_of_0_the_cost_is_nan_as_torchs():
+    x, zero = torch.tensor([-torch.inf]), torch.zeros(1)
+    assert KlDiv.apply(x, zero, "sum").isnan()
+    assert F.kl_div(x, zero, reduction="sum").isnan()
+    assert KlDiv.apply(zero, x, "sum", True).isnan()
+    assert F.kl_div(zero, x, reduction="sum", log_target=True).isnan()

@@ -229,3 +229,11 @@ def test_dropout_lies_between_layers():
     alone = nn.GRU(4, 4).double()
     alone.load_state_dict({k.replace("l1", "l0"): v for k, v in net.state_dict().items() if "l1" in k})
     assert_close(y, alone(torch.zeros(5, 2, 4).double(), h[1:])[0], **LOOSE)
+
+
+@pytest.mark.parametrize("rule", ALL)
+def test_a_batch_of_no_sample_gives_weights_0(rule):
+    tensors = leaves(inputs(rule, 3, 0, 2, 4))
+    grads = torch.autograd.grad(rule.apply(*tensors).sum(), tensors)
+    assert [t.shape for t in grads] == [t.shape for t in tensors]
+    assert all(t.count_nonzero() == 0 for t in grads)

@@ -189,6 +189,13 @@ REFUSED = [
     ("cross_entropy", (LOGITS, CLASSES, ONES), {}, ValueError, r"weight is .* shape \(5,\): a number for each class"),
     ("cross_entropy", (LOGITS, CLASSES), {"reduction": "max"}, ValueError, "reduction is 'max'; .* one of mean, sum"),
     ("cross_entropy", (LOGITS, CLASSES), {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5; .* 0 to 1"),
+    (
+        "cross_entropy",
+        (LOGITS, LOGITS.softmax(1)),
+        {"ignore_index": 2},
+        ValueError,
+        "ignore_index is 2; expected None, as y holds prob",
+    ),
     ("cross_entropy", (LOGITS, CLASSES), {"ignore_index": 0.5}, TypeError, "ignore_index is 0.5; .* a whole number"),
     ("cross_entropy", (LOGITS, CLASSES + 1), {"reduction": "sum"}, IndexError, "y is out of range; .* 0 to 4"),
     ("nll", (LOGITS, CLASSES.int()), {}, TypeError, "y is .* torch.int64"),

@@ -1,6 +1,7 @@
 """Any torch model on the rules: the same losses, by our nodes; what is not swapped is told."""
 
 import copy
+import inspect
 import io
 import warnings
 
@@ -399,3 +400,109 @@ def test_a_setting_without_a_rule_is_told(module):
 def test_the_tables_name_functions_of_torch():
     assert all(callable(function) for function in table.FUNCTIONS)
     assert {F.linear, F.cross_entropy, F.scaled_dot_product_attention, torch.lstm} <= table.FUNCTIONS.keys()
+
+
+class Registered(nn.Module):
+    """Looks at its subclasses, as registries do."""
+
+    def __init_subclass__(cls, *, key, **options):
+        super().__init_subclass__(**options)
+
+
+class Keyed(Registered, key="keyed"):
+    def forward(self, x):
+        return x
+
+
+def test_a_class_that_takes_no_subclass_is_told():
+    with pytest.raises(ValueError, match=r"handwritten: no class can be made from Keyed: .*key"):
+        handwritten(nn.Sequential(Keyed()))
+
+
+@pytest.mark.parametrize(
+    "empty", [nn.Sequential(), nn.ModuleList(), nn.ModuleDict(), nn.ParameterList(), nn.ParameterDict(), nn.Module()]
+)
+def test_what_holds_nothing_needs_no_rule(empty):
+    """As the shortcut of a residual net for small pictures; the twin has something to do."""
+    assert handwritten(nn.ModuleDict({"shortcut": empty}), strict=True).unswapped.modules == {}
+    assert handwritten(nn.ModuleDict({"shortcut": nn.Threshold(0.1, 0.0)})).unswapped.modules
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_child_stays_as_it_is_and_is_told():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    by_hand = handwritten(nn.Sequential(scripted, nn.Linear(2, 2)))
+    assert by_hand.unswapped.modules["0"] == "Sequential is scripted: its code is torch's own"
+    assert isinstance(by_hand[0], torch.jit.ScriptModule)
+    x = torch.ones(1, 2)
+    assert by_hand(x).grad_fn.name() == "LinearBackward"
+    assert torch.equal(by_hand[0](x), scripted(x))
+
+
+def test_a_compiled_child_is_refused_by_name():
+    child = nn.Sequential(torch.compile(nn.Linear(2, 2)))
+    for net in (nn.Sequential(nn.Tanh(), child), handwritten(nn.Sequential(nn.Tanh(), nn.Tanh()))):
+        net[1] = child
+        with pytest.raises(TypeError, match=r"handwritten: model\.1\.0 is compiled; give the model itself"):
+            handwritten(net)
+
+
+def test_a_forward_of_one_module_alone_is_told():
+    net = nn.Sequential(nn.Tanh(), nn.Tanh())
+    net[1].forward = torch.sin
+    by_hand = handwritten(net)
+    assert by_hand.unswapped.modules == {"1": "Tanh has a forward of this one alone"}
+    x = torch.ones(2, requires_grad=True)
+    assert torch.equal(by_hand(x), net(x))
+
+
+def test_a_copy_has_the_signature_of_its_model():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+        def forward(self, x, *, scale=2.0):
+            """Scaled."""
+            return torch.tanh(self.linear(x)) * scale
+
+    net = Two()
+    by_hand = handwritten(net)
+    assert inspect.signature(by_hand.forward) == inspect.signature(net.forward)
+    assert by_hand.forward.__doc__ == "Scaled."
+    assert nodes(by_hand(torch.ones(1, 2), scale=3.0)) & NODES == {"LinearBackward", "TanhBackward"}
+
+
+def test_a_copy_can_be_traced_symbolically():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    traced = torch.fx.symbolic_trace(handwritten(net))
+    x = torch.ones(1, 2)
+    assert torch.equal(traced(x), net(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.l1_loss, lambda a, b: F.layer_norm(a, (5,)) * b, lambda a, b: F.linear(a, b) * F.dropout(a), F.cross_entropy],
+)
+def test_a_function_under_a_checkpoint_runs_again_by_rule(function):
+    """By torch's own it would find other numbers than the rule kept, as the twin does."""
+
+    class Checkpointed(nn.Module):
+        def forward(self, x, y):
+            return checkpoint(lambda a, b: function(a, b) * 2, x * 1, y, use_reentrant=False)
+
+    def told(net):
+        torch.manual_seed(1)
+        return torch.autograd.grad(net(x, y).sum(), x)[0]
+
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 5, requires_grad=True), torch.rand(5, 5)
+    torch.testing.assert_close(told(handwritten(Checkpointed())), told(Checkpointed()))
+
+
+def test_other_hooks_on_what_is_kept_stay():
+    """Here they double what the backward reads: g_x = g W of a linear layer."""
+    x, net = torch.ones(1, 2, requires_grad=True), nn.Linear(2, 2, bias=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: 2 * t):
+        y = handwritten(net)(x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * net.weight.sum(0, keepdim=True))

@@ -66,3 +66,40 @@ def test_two_calls_are_no_time():
 def test_it_stands_among_the_notes():
     notes = diagnosis.notes(told(0.5, 8))
     assert any(note.startswith("at step 0 through time: cell runs 8 times") for note in notes)
+
+
+class Shared(nn.Module):
+    """A deep sigmoid encoder that reads three pictures: its layers are called thrice, one beside the other."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+        self.encode = nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(16, 16), nn.Sigmoid())])
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        return sum(self.head(self.encode(x + shift)) for shift in self.reads)
+
+
+@pytest.mark.parametrize("reads", [(0,), (0, 1, -1)])
+def test_what_several_inputs_share_is_no_time(reads):
+    """One picture or three: the gradient dies in the depth of the encoder, and no call follows from the one before."""
+    torch.manual_seed(0)
+    net = Shared(reads)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    with watch(net, optimizer) as watching:
+        for _ in range(60):
+            optimizer.zero_grad()
+            watching.loss(net(torch.randn(32, 16)).square().mean()).backward()
+            optimizer.step()
+    found = {f.kind: f.cause for f in diagnosis.diagnose(watching.trace)}
+    assert found.get("vanishing") not in (None, "time")
+    assert not [note for note in diagnosis.notes(watching.trace) if "through time" in note]
+
+
+def test_a_cell_that_reads_two_sequences_has_the_time_of_one():
+    net = Chain(0.5, 6)
+    with watch(net) as watching:
+        watching.loss((net(torch.full((1, 1), 1e-6)) + net(torch.full((1, 1), 2e-6))).sum()).backward()
+        watching.step()
+    assert "cell runs 6 times" in unrolled.in_words(watching.trace, 0)

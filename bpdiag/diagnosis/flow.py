@@ -11,6 +11,7 @@ import numpy as np
 from bpdiag.diagnosis.finding import Finding, percent, power, real
 from bpdiag.diagnosis.harm import LEAST_TRAVEL, harmed_layers, verdict
 from bpdiag.diagnosis.ledger import Profile
+from bpdiag.diagnosis.unrolled import LEAST_CALLS, steps
 
 GATED = ("lstmcell", "grucell")
 SLIP = math.log10(2) / 2  # 0.15 decades a layer: the smallest classical slip of a weight variance, a factor of 2
@@ -46,14 +47,18 @@ def _cause(p: Profile, quote: np.ndarray, lowest: int, sign: int) -> tuple[str, 
 
 
 def _time_steps(p: Profile, lowest: int) -> int:
-    """How often the module of layer ``lowest`` is called above it, where it and most others are called thrice; else 0.
+    """How many time steps stand above layer ``lowest``, where it and most others have three; else 0.
 
     A cell unrolled in time: the steps between its calls are one map, over and over.
     """
-    names = [p.trace.layers[i].name for i in p.lines]
-    above = names[lowest:-1]
-    again = sum(names.count(name) >= 3 for name in above)
-    return above.count(names[lowest]) - 1 if 2 * again > len(above) and names.count(names[lowest]) >= 3 else 0
+    layers, above = p.trace.layers, p.lines[lowest:-1]
+    if not len(above):
+        return 0
+    runs = [steps(layers, name) for name in {layers[i].name for i in above}]
+    unrolled = {i for run in runs if len(run) >= LEAST_CALLS for i in run}
+    if above[0] not in unrolled or 2 * sum(i in unrolled for i in above) <= len(above):
+        return 0
+    return sum(i in unrolled and layers[i].name == layers[above[0]].name for i in above) - 1
 
 
 def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Finding]:

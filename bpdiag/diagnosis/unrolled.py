@@ -3,32 +3,59 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from bpdiag.diagnosis.finding import percent, power
 from bpdiag.diagnosis.ledger import profile
-from bpdiag.trace import Trace
+from bpdiag.trace import Layer, Trace
 
 LEAST_CALLS = 3
 
 
+def steps(layers: Sequence[Layer], name: str) -> list[int]:
+    """The calls of a module that are time steps, as indices: each computed from the one before; the most in a row.
+
+    A module that several inputs share, or two sequences that a cell reads in turn, is called often and has none.
+
+    Example:
+        >>> shared = [Layer("e", 0, "linear"), Layer("e", 1, "linear")]
+        >>> steps(shared, "e"), steps([shared[0], Layer("e", 1, "linear", parents=(0,))], "e")
+        ([0], [0, 1])
+    """
+    best, run = list[int](), list[int]()
+    for i in (i for i, layer in enumerate(layers) if layer.name == name):
+        run = [*run, i] if run and _descends(layers, i, run[-1]) else [i]
+        best = max(best, run, key=len)
+    return best
+
+
+def _descends(layers: Sequence[Layer], child: int, ancestor: int) -> bool:
+    seen, waiting = set[int](), [child]
+    while waiting:
+        above = {i for i in layers[waiting.pop()].parents if i >= ancestor} - seen
+        seen |= above
+        waiting.extend(above)
+    return ancestor in seen
+
+
 def in_words(trace: Trace, at: int) -> str:
-    """One sentence on the module of a step that runs most often; empty where none runs three times.
+    """One sentence on the module of a step with most time steps (``steps``); empty where none has three.
 
     The gain of a time step is the geometric mean from the last call down to the first that receives anything; calls
     below that are told: what they read is forgotten.
     """
     p = profile(trace)
-    names = [trace.layers[i].name for i in p.lines]
-    name = max(names, key=names.count, default="")
-    calls = [k for k, other in enumerate(names) if other == name]
-    decades = p.decades[at, calls] if calls else np.empty(0)
+    runs = [steps(trace.layers, name) for name in dict.fromkeys(trace.layers[i].name for i in p.lines)]
+    run = max(runs, key=len, default=[])
+    calls = np.flatnonzero(np.isin(p.lines, run))
+    decades = p.decades[at, calls]
     if len(calls) < LEAST_CALLS or np.isnan(decades).any() or not math.isfinite(decades[-1]):
         return ""
-    reached = np.flatnonzero(np.isfinite(decades))
-    steps = len(calls) - 1 - int(reached[0])
-    gain = 10 ** ((decades[-1] - decades[reached[0]]) / -steps) if steps else 0.0
+    name, reached = trace.layers[run[0]].name, np.flatnonzero(np.isfinite(decades))
+    passed = len(calls) - 1 - int(reached[0])
+    gain = 10 ** ((decades[-1] - decades[reached[0]]) / -passed) if passed else 0.0
     told = f"through time: {name} runs {len(calls)} times, and a step passes on {gain:.3g} of what arrives"
     if reached[0]:
         share = percent(reached[0] / len(calls))

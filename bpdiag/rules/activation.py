@@ -164,7 +164,8 @@ class Relu(Activation):
         return torch.clamp_min(z, 0)
 
     def vjp(g_a, a):
-        return g_a.masked_fill(a <= 0, 0)  # not g_a * (a > 0): inf * 0 is nan
+        # not g_a * (a > 0): inf * 0 is nan; detached, as of a there is nothing to differentiate
+        return torch.ops.aten.threshold_backward(g_a, a.detach(), 0)
 
     @classmethod
     def slope(cls, kept: Tensor, *learned: Tensor) -> Tensor:
@@ -185,10 +186,10 @@ class LeakyRelu(Activation):
     node = "LeakyReluBackward0"
 
     def forward(z):
-        return torch.where(z > 0, z, 0.01 * z)
+        return nn.functional.leaky_relu(z, 0.01)
 
     def vjp(g_a, a):
-        return torch.where(a > 0, g_a, 0.01 * g_a)  # a and z have the same sign
+        return torch.ops.aten.leaky_relu_backward(g_a, a.detach(), 0.01, False)  # a and z have the same sign
 
 
 class Prelu(Activation):

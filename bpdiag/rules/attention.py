@@ -91,7 +91,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: 
         mask = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).tril()
     if mask is None:
         return torch.softmax(S, -1)
-    S = S.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else S + mask
+    S = S.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else S + mask.to(S.dtype)
     blind = torch.isneginf(S).all(-1, keepdim=True)
     P = torch.softmax(S.masked_fill(blind, 0), -1)  # filled: of a nan there would be nothing to differentiate
     return P.masked_fill(blind, 0)

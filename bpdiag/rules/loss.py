@@ -25,17 +25,18 @@ class CrossEntropy(Rule):
     Shapes: logits z (B, K), classes y (B,) of integers 0..K-1, C ().  Softmax and logarithm are one rule: apart, the
     slope of the logarithm at a probability that underflowed is infinite; together it is p - 1.  Stable: the largest
     logit is subtracted before the exponential, and not added back.  Keeps z and y.  No kink; rows of g_z sum to 0.  A
-    logit of +inf or nan gives nan, as in torch; a wrong class of logit -inf costs nothing; the right class at -inf
-    costs inf.  An empty batch gives nan.
+    logit of +inf or nan gives nan, as in torch; a wrong class of logit -inf costs nothing (with smoothing, or of a
+    probability, inf or nan); the right class at -inf costs inf.  An empty batch gives nan.
 
     In general the target is a distribution, c_b = -sum_k q_bk log softmax(z)_bk with q_bk = w_k ((1 - e) t_bk + e / K),
     and g_z_bk = g_c (softmax(z)_bk sum_j q_bj - q_bk):
 
     * t is onehot(y), or y itself where it holds probabilities (B, K) of z's dtype; g_y = -g_c (1 - e) w log softmax(z);
     * ``weight`` w (K,), a constant; ``label_smoothing`` e, from 0 to 1;
-    * rows of the class ``ignore_index`` (None: there is none) cost 0 and get 0;
+    * rows of the class ``ignore_index`` (None: there is none, as where y holds probabilities) cost 0 and get 0,
+      whatever their logits;
     * ``reduction``: a mean is over the sum of w_y of the rows that count, of probabilities over B.  Where no row counts
-      it is nan and g_z 0.
+      it is nan and g_z 0; where rows count whose weights are all 0, both are nan, as in torch.
 
     Raises:
         ValueError, TypeError: An argument does not fit; it is named.
@@ -70,6 +71,8 @@ class CrossEntropy(Rule):
         meaning = "the class of each sample of z" if by_class else "a probability of each class, for each sample of z"
         shaped("cross_entropy", "y", y, z.shape[:1] if by_class else z.shape, meaning)
         _check_weights("cross_entropy", z, weight, reduction, ignore_index)
+        if ignore_index is not None and not by_class:
+            raise wrong("cross_entropy", "ignore_index", ignore_index, "None, as y holds probabilities")
         number("cross_entropy", "label_smoothing", label_smoothing, "a number from 0 to 1", lambda e: 0 <= e <= 1)
         # a mean of many small numbers: under autocast in float32, as torch does
         narrow = z.element_size() < 4 and torch.is_autocast_enabled(z.device.type)
@@ -113,15 +116,16 @@ class CrossEntropy(Rule):
             return g_C * (torch.softmax(z, -1) - onehot.to(z.dtype)) / z.shape[0], None
         z, w, K = wide(z), 1.0 if weight is None else wide(weight), z.shape[-1]
         if y is not None and y.dtype == torch.int64:
-            counts = torch.ones_like(y, dtype=z.dtype) if ignore_index is None else (y != ignore_index).to(z.dtype)
-            counts = counts.unsqueeze(-1)
-            t = (y.unsqueeze(-1) == torch.arange(K, device=z.device)) * counts
-            q = _smoothed(t, K, weight, label_smoothing) * counts
+            counts = None if ignore_index is None else (y != ignore_index).unsqueeze(-1)
+            onehot = y.unsqueeze(-1) == torch.arange(K, device=z.device)
+            t = (onehot if counts is None else onehot & counts).to(z.dtype)
+            q = _smoothed(t, K, weight, label_smoothing)
             total = (w * t).sum() if reduction == "mean" else None
         else:
-            q, total = None if y is None else _smoothed(wide(y), K, weight, label_smoothing), len(z)
-        g_c = _each(g_C, reduction, total).reshape(-1, 1)
+            q, total, counts = None if y is None else _smoothed(wide(y), K, weight, label_smoothing), len(z), None
+        g_c = _each(g_C, reduction, total, counts).reshape(-1, 1)
         g_z = g_c * (torch.softmax(z, -1) * q.sum(-1, keepdim=True) - q) if needs[0] else None
+        g_z = g_z if g_z is None or counts is None else g_z.masked_fill(~counts, 0)  # whatever its logits
         g_y = -g_c * ((1 - label_smoothing) * w * torch.log_softmax(z, -1)) if needs[1] else None
         return g_z, g_y
 
@@ -131,7 +135,8 @@ class Nll(Rule):
 
     Shapes: x (B, K), classes y (B,) of integers 0..K-1; ``weight`` w (K,), a constant, 1 unless given.  ``reduction``:
     the mean is over the sum of the weights; rows of the class ``ignore_index`` (None: there is none) cost 0 and get 0.
-    Where no row counts the mean is nan and g_x 0.  Keeps y, where torch keeps x too: linear in x.  No kink.
+    Where no row counts the mean is nan and g_x 0; where rows count whose weights are all 0, both are nan.  Keeps y,
+    where torch keeps x too: linear in x.  No kink.
 
     Raises:
         ValueError, TypeError: An argument does not fit; it is named.
@@ -181,7 +186,8 @@ class Nll(Rule):
         right = y if counts is None else y.masked_fill(~counts, 0)
         w = torch.ones_like(y, dtype=wide(g_C).dtype) if weight is None else wide(weight)[right]
         w = w if counts is None else w * counts
-        g_right = -_each(g_C, reduction, w.sum()) * w
+        g_right = -_each(g_C, reduction, w.sum(), counts) * w
+        g_right = g_right if counts is None else g_right.masked_fill(~counts, 0)
         return torch.zeros(len(y), K, dtype=w.dtype, device=w.device).scatter(
             1, right.unsqueeze(1), g_right.unsqueeze(1)
         ), None
@@ -354,7 +360,8 @@ class KlDiv(Rule):
     With ``log_target`` y holds logarithms too: C = mean_i e^y (y - x), g_x = -e^y g_c, g_y = e^y (y - x + 1) g_c.
     Shapes: x and y alike, any; C () or, unreduced, as they.  ``reduction`` may be "batchmean" too: the sum over the
     first size, which is the divergence of distributions in rows.  Keeps y, and x for g_y.  At y = 0 the cost is 0 and
-    g_y -inf (torch's is nan).  A mean of none is nan.
+    g_y -inf (torch's is nan); 0 times infinity is nan there as in torch: at y = 0 with x = -inf, and of logarithms at
+    y = -inf.  A mean of none is nan.
 
     Raises:
         ValueError, TypeError: An argument does not fit; it is named.
@@ -413,12 +420,15 @@ def _reduced(cost: Tensor, reduction: str, n: Any) -> Tensor:
     return cost if reduction == "none" else cost.sum() / n if reduction == "mean" else cost.sum()
 
 
-def _each(g_C: Tensor, reduction: str, n: Any) -> Tensor:
-    """g_c: the cotangent of each cost, of which a mean is over n; of no weight at all nobody is asked for anything."""
+def _each(g_C: Tensor, reduction: str, n: Any, counts: Tensor | None = None) -> Tensor:
+    """g_c: the cotangent of each cost, of which a mean is over n; where no row counts nobody is asked for anything."""
     g = wide(g_C)
     if reduction != "mean":
         return g
-    return torch.where(n == 0, 0, g / n) if isinstance(n, Tensor) else g / n
+    if counts is None:
+        return g / n
+    some = counts.any()
+    return torch.where(some, g / torch.where(some, n, 1), 0)
 
 
 def _apart(g_C: Tensor, reduction: str, slope: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -154,7 +154,9 @@ class Lstm(Recurrent):
                 g_h[t] = g_h[t] + torch.matmul(g_u, U)
                 g_s[t] = g_s[t] + f[t + 1] * g_s[t + 1]
             g_s[t] = g_s[t] + g_h[t] * to_s[t]
-            g_u = torch.cat([(g_s[t].unsqueeze(1) * of_s[t]).reshape(len(of_h[t]), -1), g_h[t] * of_h[t]], 1)
+            g_u = torch.cat(
+                [(g_s[t].unsqueeze(1) * of_s[t]).reshape(len(of_h[t]), 3 * h.shape[-1]), g_h[t] * of_h[t]], 1
+            )
             arrived.append(g_h[t])
             sent.append(g_u)
         g_u = _in_order(sent)
@@ -210,7 +212,7 @@ class Gru(Recurrent):
         z, passed, arrived, sent = z.unbind(0), None, [], []
         for t in reversed(range(len(z))):
             g_h = g[t] if passed is None else g[t] + passed
-            g_u = (g_h.unsqueeze(1) * of_h[t]).reshape(len(g_h), -1)
+            g_u = (g_h.unsqueeze(1) * of_h[t]).reshape(len(g_h), 3 * h.shape[-1])
             passed = z[t] * g_h + torch.matmul(g_u, U)
             arrived.append(g_h)
             sent.append(g_u)
