@@ -11,7 +11,7 @@ import numpy as np
 from bpdiag.diagnosis.finding import Finding, percent, power, real
 from bpdiag.diagnosis.harm import LEAST_TRAVEL, harmed_layers, verdict
 from bpdiag.diagnosis.ledger import Profile
-from bpdiag.diagnosis.unrolled import LEAST_CALLS, steps
+from bpdiag.diagnosis.unrolled import unrolled
 
 GATED = ("lstmcell", "grucell")
 SLIP = math.log10(2) / 2  # 0.15 decades a layer: the smallest classical slip of a weight variance, a factor of 2
@@ -54,11 +54,10 @@ def _time_steps(p: Profile, lowest: int) -> int:
     layers, above = p.trace.layers, p.lines[lowest:-1]
     if not len(above):
         return 0
-    runs = [steps(layers, name) for name in {layers[i].name for i in above}]
-    unrolled = {i for run in runs if len(run) >= LEAST_CALLS for i in run}
-    if above[0] not in unrolled or 2 * sum(i in unrolled for i in above) <= len(above):
+    calls = unrolled(layers, {layers[i].name for i in above})
+    if above[0] not in calls or 2 * sum(i in calls for i in above) <= len(above):
         return 0
-    return sum(i in unrolled and layers[i].name == layers[above[0]].name for i in above) - 1
+    return sum(i in calls and layers[i].name == layers[above[0]].name for i in above) - 1
 
 
 def _flow(p: Profile, kind: str, harmed: np.ndarray, sign: int) -> Iterator[Finding]:

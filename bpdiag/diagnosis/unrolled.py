@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from bpdiag.diagnosis.finding import percent, power
 from bpdiag.diagnosis.ledger import profile
 from bpdiag.trace import Layer, Trace
-
-LEAST_CALLS = 3
 
 
 def steps(layers: Sequence[Layer], name: str) -> list[int]:
@@ -29,6 +27,12 @@ def steps(layers: Sequence[Layer], name: str) -> list[int]:
         run = [*run, i] if run and _descends(layers, i, run[-1]) else [i]
         best = max(best, run, key=len)
     return best
+
+
+def unrolled(layers: Sequence[Layer], names: Iterable[str]) -> set[int]:
+    """The calls, as indices, of those of these modules that have three time steps or more."""
+    runs = [steps(layers, name) for name in names]
+    return {i for run in runs if len(run) >= 3 for i in run}
 
 
 def _descends(layers: Sequence[Layer], child: int, ancestor: int) -> bool:
@@ -51,7 +55,7 @@ def in_words(trace: Trace, at: int) -> str:
     run = max(runs, key=len, default=[])
     calls = np.flatnonzero(np.isin(p.lines, run))
     decades = p.decades[at, calls]
-    if len(calls) < LEAST_CALLS or np.isnan(decades).any() or not math.isfinite(decades[-1]):
+    if len(calls) < 3 or np.isnan(decades).any() or not math.isfinite(decades[-1]):
         return ""
     name, reached = trace.layers[run[0]].name, np.flatnonzero(np.isfinite(decades))
     passed = len(calls) - 1 - int(reached[0])
