@@ -292,7 +292,7 @@ class Sweep:
         if grid:
             looks = {at: look for stack in stacks for at, look in self._looks(stack, configs, workers)}
             named = [grid.name(one.row()) for one in jobs if one.member]
-            if looks:
+            if any(measured == measured for _, measured in looks.values()):  # nan: not looked at
                 grid.look([(name, *looks[at]) for at, name in enumerate(named) if at in looks])
         for stack in stacks:
             engine.submit(Task(tuple(members[at] for at in stack.members), stack.together))
