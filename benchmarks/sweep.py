@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def slices(n: int) -> list[slice]:
 def tuned(model: ModelConfig, optimizer: str = "sgd") -> Steps:
     """One network as one would tune it: torch's modules, slices of one tensor, a fused optimizer."""
     x, y = data()
-    net = build(model_of(model, backward="autograd"), (1, 28, 28), 10, seed=0)
+    net = build(replace(model, backward="autograd"), (1, 28, 28), 10, seed=0)
     if optimizer == "sgd":
         update: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, fused=True)
     else:
@@ -70,11 +71,6 @@ def tuned(model: ModelConfig, optimizer: str = "sgd") -> Steps:
             update.step()
 
     return steps
-
-
-def model_of(model: ModelConfig, **changed: object) -> ModelConfig:
-    """The same with some options changed."""
-    return replace(model, **changed)  # type: ignore[arg-type]  # names of its fields
 
 
 def stacked(
@@ -103,7 +99,7 @@ def stacked(
 def by_vmap(model: ModelConfig, members: int = 32) -> Steps:
     """The same stack by torch.func: one functional network, mapped over its parameters."""
     x, y = data()
-    nets = [build(model_of(model, backward="autograd"), 784, 10, seed) for seed in range(members)]
+    nets = [build(replace(model, backward="autograd"), 784, 10, seed) for seed in range(members)]
     parameters, buffers = torch.func.stack_module_state(nets)
     leaves = list(parameters.values())
     update = torch.optim.SGD(leaves, RATE, momentum=0.9, fused=True)
@@ -203,9 +199,9 @@ def shown(ratios: Sequence[float]) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def mlp(width: int = 64, depth: int = 10, **options: object) -> ModelConfig:
+def mlp(width: int = 64, depth: int = 10, **options: Any) -> ModelConfig:
     """tanh, critical."""
-    return model_of(ModelConfig(width=width, depth=depth, activation="tanh", weight_variance="lecun"), **options)
+    return replace(ModelConfig(width=width, depth=depth, activation="tanh", weight_variance="lecun"), **options)
 
 
 def table(rounds: int) -> list[tuple[str, str, str, str]]:

@@ -232,7 +232,7 @@ def _end_with_parent() -> None:
 def _done(work: Work, task: Any, tell: Tell) -> Ended:
     try:
         work(task, tell)
-    except Exception as error:
+    except Exception as error:  # whatever it is, it is told with its traceback, and the engine goes on
         return Ended(Failure.of(error))
     return Ended()
 

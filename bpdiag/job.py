@@ -95,7 +95,7 @@ def train(task: Task, tell: Tell) -> None:
             return  # kept, and not finished
         try:
             outcome = Failure.of(came) if isinstance(came, BaseException) else outcome_of(came, cured(came))
-        except Exception as error:
+        except Exception as error:  # of the cure or the summary: this member's own, told with its traceback
             outcome = Failure.of(error)
         tell(Finished(task.members[at].number, outcome, time.perf_counter() - begun))
 
@@ -109,7 +109,7 @@ def train(task: Task, tell: Tell) -> None:
     for at, (config, folder) in enumerate(zip(configs, folders, strict=True)):
         try:
             came: Result | Exception = training.train(config, folder)
-        except Exception as error:
+        except Exception as error:  # this member's own, told with its traceback
             came = error
         told(at, came)
 

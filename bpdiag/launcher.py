@@ -376,7 +376,7 @@ def _page(write: Callable[..., Path], rows: Sequence[Any], sweep: Path) -> Path 
     try:
         done = [Path(row.folder) for row in rows if row.outcome is not None]
         return write(done, sweep / "report.html") if done else None
-    except Exception as error:
+    except Exception as error:  # the results stand, and the page can be written again: bpdiag report
         print(f"bpdiag: no report.html: {error}", file=sys.stderr)  # noqa: T201
         return None
 
